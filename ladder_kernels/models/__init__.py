@@ -1,0 +1,1 @@
+"""The thin model layer: frozen backbones, the ladder, and both together."""

@@ -1,0 +1,317 @@
+"""The frozen model beneath a ladder: what every kind of backbone offers.
+
+A backbone runs forward only. :meth:`Backbone.frozen_pass` fills the taps under ``inference_mode`` and
+:meth:`Backbone.logits` applies the frozen end of the model, through which gradients may flow.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ladder_kernels.errors import ConfigError
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nn.attention import SequenceLayout
+from ladder_kernels.ops import nf4_linear
+
+__all__ = ["Backbone", "FrozenPass", "Quantization"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a backbone's float weights were turned into NF4.
+
+    Attributes:
+        blocksize: Weights that share a scale, for weights quantised here; weights that came quantised
+            keep their own.
+        double_quant: Whether the scales are themselves quantised.
+        quantize_head: Whether the output head is NF4 too.
+    """
+
+    blocksize: int = 64
+    double_quant: bool = True
+    quantize_head: bool = False
+
+
+@dataclass
+class FrozenPass:
+    """What a frozen pass leaves behind: ordinary tensors, which autograd may save.
+
+    Attributes:
+        taps: Residual stream ``h[t]`` for each tapped layer ``t``, ``[B, S, D]`` in the tap dtype.
+        hidden: ``h[L]``, before the final norm, ``[B, S, D]`` in the compute dtype.
+    """
+
+    taps: dict[int, torch.Tensor]
+    hidden: torch.Tensor
+
+
+class Backbone(nn.Module):
+    """A frozen NF4 language model.
+
+    Weights are buffers without gradients. Moving (``.to(device)``) takes everything along; casting
+    (``.to(dtype)``) changes the compute dtype and leaves the quantised weights as they are.
+
+    Attributes:
+        runs_on: ``"ladder_kernels"`` for a model of our own, ``"transformers"`` for the slower way
+            through the layers of transformers.
+        config: The transformers configuration of the base model.
+        quantization: How float weights were quantised.
+        fingerprint: sha256 (hex) of the weights and of the configuration that changes the function.
+        name_or_path: Where the base came from, as the user gave it.
+        softcap: Cap of ``cap * tanh(logits / cap)``, or ``None``.
+        logit_scale: Factor on the logits.
+        head_bias: ``[V]`` or ``None``.
+    """
+
+    runs_on: ClassVar[str]
+    head_bias: torch.Tensor | None
+
+    def __init__(
+        self, config: Any, *, quantization: Quantization, fingerprint: str, name_or_path: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.quantization = quantization
+        self.fingerprint = fingerprint
+        self.name_or_path = name_or_path
+        self.softcap: float | None = None
+        self.logit_scale = 1.0
+
+    # What a kind of backbone brings -----------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def embedding(self) -> torch.Tensor:
+        """The token embeddings ``[V, D]`` in the compute dtype."""
+
+    @property
+    @abstractmethod
+    def head(self) -> torch.Tensor | NF4Weight:
+        """The output head ``[V, D]``: in the compute dtype, or NF4."""
+
+    @abstractmethod
+    def _run(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        layout: SequenceLayout,
+        cache: Any,
+        emit: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        """Run all layers and call ``emit(t, h[t])`` for ``t`` in ``0..L``, in order.
+
+        ``emit`` copies what it needs, so ``h`` may be overwritten afterwards.
+        """
+
+    @abstractmethod
+    def _final_norm(self, y: torch.Tensor) -> torch.Tensor:
+        """The norm before the head, in the compute dtype."""
+
+    @abstractmethod
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
+        """Every weight once, by its name in a transformers checkpoint; ``[N, K]`` for linear layers."""
+
+    @abstractmethod
+    def block_weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """The weights of one block as float tensors.
+
+        Args:
+            layer: Block index, ``0 <= layer < num_layers``.
+
+        Returns:
+            fp32 tensors by role: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down`` (``[N, K]``) and
+            ``input_norm``, ``post_norm`` (``[D]``).
+
+        Raises:
+            UnsupportedModelError: If the blocks do not have these parts.
+        """
+
+    # Shapes -------------------------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks, ``L``."""
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream, ``D``."""
+        return self.config.hidden_size
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the MLP."""
+        return self.config.intermediate_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits, ``V``."""
+        return self.head.shape[0]
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest context that the model was made for; ``None`` when it names none."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def num_parameters(self) -> int:
+        """Number of weights of the base model; a quantised weight counts as the matrix that it stands for."""
+        return sum(weight.numel for weight in self._quantized()) + sum(
+            weight.numel() for weight in self._floats()
+        )
+
+    def nf4_bytes(self) -> int:
+        """Bytes of all quantised weights, scales included."""
+        return sum(weight.nbytes for weight in self._quantized())
+
+    def _quantized(self) -> Iterator[NF4Weight]:
+        return (weight for _, weight in self.named_weights() if isinstance(weight, NF4Weight))
+
+    def _floats(self) -> Iterator[torch.Tensor]:
+        return (weight for _, weight in self.named_weights() if isinstance(weight, torch.Tensor))
+
+    # The frozen pass ----------------------------------------------------------------------------------
+
+    def frozen_pass(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        layout: SequenceLayout,
+        tap_layers: Collection[int] = (),
+        tap_dtype: torch.dtype | None = None,
+        cache: Any = None,
+    ) -> FrozenPass:
+        """Run the model without gradients and keep the tapped states.
+
+        The computation runs in the backbone's own dtype, autocast or not, so that its results depend on
+        nothing but its inputs.
+
+        Args:
+            input_ids: int64 ``[B, S]``.
+            inputs_embeds: ``[B, S, D]`` instead of ``input_ids``; its gradient is not taken.
+            layout: Positions, padding and documents of the batch.
+            tap_layers: Layers ``t`` in ``0..L`` to keep (``0``: embeddings, ``L``: before the final norm).
+            tap_dtype: Dtype of the taps; default the compute dtype.
+            cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
+
+        Returns:
+            The taps and the last state.
+
+        Raises:
+            ConfigError: If not exactly one input is given, a shape does not fit the layout, or a tap
+                layer does not exist.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is not None and tuple(given.shape[:2]) != (layout.batch, layout.length):
+            raise ConfigError(
+                f"the inputs have shape {list(given.shape)}, the layout is for "
+                f"[{layout.batch}, {layout.length}]"
+            )
+        for layer in tap_layers:
+            if not 0 <= layer <= self.num_layers:
+                raise ConfigError(
+                    f"tap layer {layer} does not exist; allowed are 0 to {self.num_layers}"
+                )
+
+        # Allocated outside inference mode: autograd refuses to save inference tensors.
+        shape = (layout.batch, layout.length, self.hidden_size)
+        hidden = torch.empty(shape, dtype=self.dtype, device=self.device)
+        taps = {
+            layer: torch.empty(shape, dtype=tap_dtype or self.dtype, device=self.device)
+            for layer in sorted(set(tap_layers))
+        }
+
+        def emit(layer: int, state: torch.Tensor) -> None:
+            if layer in taps:
+                taps[layer].copy_(state)
+            if layer == self.num_layers:
+                hidden.copy_(state)
+
+        with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
+            self._run(input_ids, inputs_embeds, layout, cache, emit)
+        return FrozenPass(taps=taps, hidden=hidden)
+
+    # The frozen end -----------------------------------------------------------------------------------
+
+    def final_norm(self, y: torch.Tensor) -> torch.Tensor:
+        """The frozen norm before the head.
+
+        Args:
+            y: ``[..., D]``.
+
+        Returns:
+            ``[..., D]`` in the compute dtype, differentiable in ``y``.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return self._final_norm(y.to(self.dtype))
+
+    def logits(self, y: torch.Tensor) -> torch.Tensor:
+        """``softcap(scale * head(final_norm(y)) + bias)``.
+
+        Args:
+            y: ``[..., D]``, a state before the final norm.
+
+        Returns:
+            ``[..., V]`` in the compute dtype, differentiable in ``y``.
+        """
+        normed = self.final_norm(y)
+        with torch.autocast(self.device.type, enabled=False):
+            head, scaled = self.head, self.logit_scale != 1.0
+            bias = None if scaled else self.head_bias
+            if isinstance(head, NF4Weight):
+                out = nf4_linear(normed, head, bias)
+            else:
+                out = F.linear(normed, head, bias)
+            if scaled:
+                out = out * self.logit_scale
+                if self.head_bias is not None:
+                    out = out + self.head_bias
+            if self.softcap is not None:
+                out = self.softcap * torch.tanh(out / self.softcap)
+        return out
+
+    # Saving -------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that this library, and transformers with bitsandbytes, load.
+
+        It holds ``config.json`` with a ``quantization_config`` and ``model.safetensors`` with the keys of
+        bitsandbytes. It is written beside its place and renamed, so it is whole or absent.
+
+        Args:
+            folder: To be made; an empty folder may exist.
+
+        Raises:
+            OutputExistsError: If the folder exists and is not empty.
+        """
+        from ladder_kernels.models.saving import save_backbone
+
+        save_backbone(self, Path(folder))
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.config.model_type}, {self.num_layers} layers, "
+            f"hidden {self.hidden_size}, {self.num_parameters() / 1e6:.1f} M parameters, "
+            f"{self.nf4_bytes() / 1e6:.1f} MB of NF4, {str(self.dtype).removeprefix('torch.')} on "
+            f"{self.device})"
+        )
