@@ -1,7 +1,7 @@
 """The frozen model beneath a ladder: what every kind of backbone offers.
 
-A backbone runs forward only. :meth:`Backbone.frozen_pass` fills the taps under ``inference_mode`` and
-:meth:`Backbone.logits` applies the frozen end of the model, through which gradients may flow.
+A backbone runs forward only. :meth:`Backbone.frozen_pass` fills the taps under ``inference_mode``
+and :meth:`Backbone.logits` applies the frozen end of the model, through which gradients may flow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ladder_kernels.errors import ConfigError
@@ -29,8 +28,8 @@ class Quantization:
     """How a backbone's float weights were turned into NF4.
 
     Attributes:
-        blocksize: Weights that share a scale, for weights quantised here; weights that came quantised
-            keep their own.
+        blocksize: Weights that share a scale, for weights quantised here; weights that came
+            quantised keep their own.
         double_quant: Whether the scales are themselves quantised.
         quantize_head: Whether the output head is NF4 too.
     """
@@ -85,8 +84,6 @@ class Backbone(nn.Module):
         self.softcap: float | None = None
         self.logit_scale = 1.0
 
-    # What a kind of backbone brings -----------------------------------------------------------------
-
     @property
     @abstractmethod
     def embedding(self) -> torch.Tensor:
@@ -117,7 +114,7 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
-        """Every weight once, by its name in a transformers checkpoint; ``[N, K]`` for linear layers."""
+        """Every weight once, by its name in a transformers checkpoint; linear ones ``[N, K]``."""
 
     @abstractmethod
     def block_weights(self, layer: int) -> dict[str, torch.Tensor]:
@@ -127,14 +124,12 @@ class Backbone(nn.Module):
             layer: Block index, ``0 <= layer < num_layers``.
 
         Returns:
-            fp32 tensors by role: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down`` (``[N, K]``) and
-            ``input_norm``, ``post_norm`` (``[D]``).
+            fp32 tensors by role: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``
+            (``[N, K]``) and ``input_norm``, ``post_norm`` (``[D]``).
 
         Raises:
             UnsupportedModelError: If the blocks do not have these parts.
         """
-
-    # Shapes -------------------------------------------------------------------------------------------
 
     @property
     def num_layers(self) -> int:
@@ -172,7 +167,7 @@ class Backbone(nn.Module):
         return self.embedding.device
 
     def num_parameters(self) -> int:
-        """Number of weights of the base model; a quantised weight counts as the matrix that it stands for."""
+        """Number of weights of the base model; NF4 ones count as the matrices they stand for."""
         return sum(weight.numel for weight in self._quantized()) + sum(
             weight.numel() for weight in self._floats()
         )
@@ -187,8 +182,6 @@ class Backbone(nn.Module):
     def _floats(self) -> Iterator[torch.Tensor]:
         return (weight for _, weight in self.named_weights() if isinstance(weight, torch.Tensor))
 
-    # The frozen pass ----------------------------------------------------------------------------------
-
     def frozen_pass(
         self,
         input_ids: torch.Tensor | None = None,
@@ -201,14 +194,15 @@ class Backbone(nn.Module):
     ) -> FrozenPass:
         """Run the model without gradients and keep the tapped states.
 
-        The computation runs in the backbone's own dtype, autocast or not, so that its results depend on
-        nothing but its inputs.
+        The computation runs in the backbone's own dtype, autocast or not, so that its results
+        depend on nothing but its inputs.
 
         Args:
             input_ids: int64 ``[B, S]``.
             inputs_embeds: ``[B, S, D]`` instead of ``input_ids``; its gradient is not taken.
             layout: Positions, padding and documents of the batch.
-            tap_layers: Layers ``t`` in ``0..L`` to keep (``0``: embeddings, ``L``: before the final norm).
+            tap_layers: Layers ``t`` in ``0..L`` to keep (``0``: embeddings, ``L``: before the final
+                norm).
             tap_dtype: Dtype of the taps; default the compute dtype.
             cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
 
@@ -216,8 +210,8 @@ class Backbone(nn.Module):
             The taps and the last state.
 
         Raises:
-            ConfigError: If not exactly one input is given, a shape does not fit the layout, or a tap
-                layer does not exist.
+            ConfigError: If not exactly one input is given, a shape does not fit the layout, or a
+                tap layer does not exist.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
@@ -251,8 +245,6 @@ class Backbone(nn.Module):
             self._run(input_ids, inputs_embeds, layout, cache, emit)
         return FrozenPass(taps=taps, hidden=hidden)
 
-    # The frozen end -----------------------------------------------------------------------------------
-
     def final_norm(self, y: torch.Tensor) -> torch.Tensor:
         """The frozen norm before the head.
 
@@ -281,7 +273,7 @@ class Backbone(nn.Module):
             if isinstance(head, NF4Weight):
                 out = nf4_linear(normed, head, bias)
             else:
-                out = F.linear(normed, head, bias)
+                out = nn.functional.linear(normed, head, bias)
             if scaled:
                 out = out * self.logit_scale
                 if self.head_bias is not None:
@@ -290,13 +282,11 @@ class Backbone(nn.Module):
                 out = self.softcap * torch.tanh(out / self.softcap)
         return out
 
-    # Saving -------------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that this library, and transformers with bitsandbytes, load.
 
-        It holds ``config.json`` with a ``quantization_config`` and ``model.safetensors`` with the keys of
-        bitsandbytes. It is written beside its place and renamed, so it is whole or absent.
+        It holds ``config.json`` with a ``quantization_config`` and ``model.safetensors`` with the
+        keys of bitsandbytes. It is written beside its place and renamed, so it is whole or absent.
 
         Args:
             folder: To be made; an empty folder may exist.

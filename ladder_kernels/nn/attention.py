@@ -1,13 +1,14 @@
 """Who may look at whom: the layout of a batch, and attention over it.
 
-A :class:`SequenceLayout` is built once a forward and shared by every layer of the backbone and of the
-ladder, so that padding, packed documents, caches and sliding windows mean the same thing in both.
+A :class:`SequenceLayout` is built once a forward and shared by every layer of the backbone and of
+the ladder, so that padding, packed documents, caches and sliding windows mean the same thing in
+both.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from ladder_kernels.errors import ConfigError
 
@@ -25,7 +26,8 @@ class SequenceLayout:
         length: New tokens a sequence, ``S``.
         past_length: Tokens a sequence that a cache holds already.
         total: ``past_length + length``.
-        position_ids: int64 ``[B, S]``, the position of each new token for rotary or learned positions.
+        position_ids: int64 ``[B, S]``, the position of each new token for rotary or learned
+            positions.
         padding: bool ``[B, total]``, true at real tokens; ``None`` when every token is real.
         documents: int64 ``[B, S]``, equal numbers mark tokens of one document; ``None`` when every
             sequence is a single document.
@@ -65,12 +67,14 @@ class SequenceLayout:
             batch: Number of sequences, ``B``.
             length: New tokens a sequence, ``S``.
             past_length: Tokens a sequence already in the cache.
-            attention_mask: ``[B, past_length + S]``, nonzero at real tokens. ``None``: all are real.
-            position_ids: ``[B, S]``, ``[1, S]`` or ``[S]``. ``None``: real tokens are counted from 0.
-                Without a past, a real token whose position is not one more than that of the real
+            attention_mask: ``[B, past_length + S]``, nonzero at real tokens. ``None``: all are
+                real.
+            position_ids: ``[B, S]``, ``[1, S]`` or ``[S]``. ``None``: real tokens are counted from
+                0. Without a past, a real token whose position is not one more than that of the real
                 token before it starts a new document, and documents do not see each other (the
                 convention of transformers and of packing collators).
-            device: Where the tensors shall be; default that of ``position_ids`` or ``attention_mask``.
+            device: Where the tensors shall be; default that of ``position_ids`` or
+                ``attention_mask``.
 
         Returns:
             The layout.
@@ -86,8 +90,8 @@ class SequenceLayout:
         if attention_mask is not None:
             if tuple(attention_mask.shape) != (batch, total):
                 raise ConfigError(
-                    f"attention_mask has shape {list(attention_mask.shape)}, but {batch} sequences of "
-                    f"{past_length} cached and {length} new tokens need [{batch}, {total}]"
+                    f"attention_mask has shape {list(attention_mask.shape)}, but {batch} sequences "
+                    f"of {past_length} cached and {length} new tokens need [{batch}, {total}]"
                 )
             padding = attention_mask.to(device=device) != 0
             if bool(padding.all()):
@@ -102,8 +106,8 @@ class SequenceLayout:
         else:
             if position_ids.dim() not in (1, 2) or position_ids.shape[-1] != length:
                 raise ConfigError(
-                    f"position_ids has shape {list(position_ids.shape)}, allowed are [{batch}, {length}], "
-                    f"[1, {length}] and [{length}]"
+                    f"position_ids has shape {list(position_ids.shape)}, allowed are "
+                    f"[{batch}, {length}], [1, {length}] and [{length}]"
                 )
             positions = position_ids.to(device=device, dtype=torch.long).reshape(-1, length)
             if positions.shape[0] not in (1, batch):
@@ -137,12 +141,14 @@ class SequenceLayout:
         """Who may look at whom.
 
         Args:
-            window: A token sees itself and the ``window - 1`` tokens before it; ``None``: all before.
+            window: A token sees itself and the ``window - 1`` tokens before it; ``None``: all
+                before.
 
         Returns:
-            bool ``[B or 1, 1, S, total]``, true where the row's token sees the column's. Every row has
-            at least one true: a padded token sees itself, which keeps NaN out of what nobody reads.
-            ``None`` when plain causal attention says the same (all ``S`` tokens new, or a single one).
+            bool ``[B or 1, 1, S, total]``, true where the row's token sees the column's. Every row
+            has at least one true: a padded token sees itself, which keeps NaN out of what nobody
+            reads. ``None`` when plain causal attention says the same (all ``S`` tokens new, or a
+            single one).
         """
         if window is not None and window >= self.total:
             window = None
@@ -197,8 +203,8 @@ def attend(
 
     Args:
         q: ``[B, H, S, hd]``.
-        k: ``[B, Hkv, T, hd]``, ``H`` a multiple of ``Hkv``. ``T`` is the layout's ``total``, or fewer
-            when a sliding cache has dropped columns that no row sees any more.
+        k: ``[B, Hkv, T, hd]``, ``H`` a multiple of ``Hkv``. ``T`` is the layout's ``total``, or
+            fewer when a sliding cache has dropped columns that no row sees any more.
         v: As ``k``.
         layout: Of the same ``S``.
         window: See :meth:`SequenceLayout.mask`.
@@ -211,14 +217,15 @@ def attend(
     if mask is not None and k.shape[2] < mask.shape[-1]:
         mask = mask[..., mask.shape[-1] - k.shape[2] :]
     groups = q.shape[1] // k.shape[1]
-    # CPU attention reads shared heads in place. On a GPU only the flash kernel does (half precision, no
-    # mask); the others would fall back to materialised scores, which cost far more than repeated heads.
+    # CPU attention reads shared heads in place. On a GPU only the flash kernel does (half
+    # precision, no mask); the others would fall back to materialised scores, which cost far more
+    # than repeated heads.
     in_place = q.device.type == "cpu" or (
         mask is None and q.dtype in (torch.float16, torch.bfloat16)
     )
     if groups > 1 and not in_place:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(
+    out = nn.functional.scaled_dot_product_attention(
         q,
         k,
         v,

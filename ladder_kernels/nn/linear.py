@@ -20,8 +20,8 @@ def move_exactly(
 ) -> None:
     """Apply ``fn`` of ``nn.Module._apply`` to buffers whose values must survive a change of dtype.
 
-    A move to another device is followed, a cast is not: ``model.to(torch.bfloat16)`` would otherwise
-    round quantisation scales and rotary frequencies.
+    A move to another device is followed, a cast is not: ``model.to(torch.bfloat16)`` would
+    otherwise round quantisation scales and rotary frequencies.
 
     Args:
         module: The owner of the buffers.
