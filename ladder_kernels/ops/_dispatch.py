@@ -1,0 +1,218 @@
+"""Which implementation of an operation runs: one rule for all of them.
+
+Every operation is a folder with a ``reference.py`` (plain PyTorch, runs anywhere) and may ship
+faster ones beside it: ``cpu.py`` (native kernels, CPU tensors) and ``gpu.py`` (Triton, GPU
+tensors). Such a module offers some or all of the reference's functions under the same names, and
+one companion ``unsupported(*args) -> str | None`` that takes the same arguments and says why a call
+cannot run there, or ``None`` if it can.
+
+``"auto"`` takes the module that the operation ships for the tensors' device, else the reference. A
+shipped module that cannot run the call is said aloud, once, as a
+:class:`~ladder_kernels.errors.BackendFallbackWarning`. A backend that was asked for by name never
+falls back: :class:`~ladder_kernels.errors.BackendError` says why it cannot run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ladder_kernels.errors import BackendError, BackendFallbackWarning, ConfigError
+
+__all__ = ["BACKENDS", "get_backend", "register_autograd", "run", "set_backend", "use_backend"]
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+"""The names that :func:`set_backend` and :func:`use_backend` accept."""
+
+_MODULES = {"triton": "gpu", "cpu": "cpu", "reference": "reference"}
+_OPS = "ladder_kernels.ops"
+
+
+class _Default:
+    """The backend of the whole process, below any :func:`use_backend` block."""
+
+    name = "auto"
+
+
+_chosen: ContextVar[str | None] = ContextVar("ladder_kernels_backend", default=None)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        allowed = ", ".join(f"'{known}'" for known in BACKENDS)
+        raise ConfigError(f"backend {name!r} is not known; allowed are {allowed}")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of every operation, for the whole process.
+
+    Args:
+        name: ``"auto"`` (the default): what an operation ships for the tensors' device, else its
+            reference, with one :class:`~ladder_kernels.errors.BackendFallbackWarning` where a
+            shipped one cannot run. ``"reference"``: plain PyTorch everywhere. ``"cpu"``: the
+            native CPU kernels, and an error instead of a fallback; operations that have no native
+            kernel run on PyTorch's, as under "auto". ``"triton"``: the GPU kernels, and an error
+            instead of a fallback.
+
+    Raises:
+        ConfigError: ``name`` is none of these. (Whether a backend can run is asked at each call,
+            since it depends on the tensors; a forced one that cannot raises
+            :class:`~ladder_kernels.errors.BackendError` there.)
+    """
+    _Default.name = _checked(name)
+
+
+def get_backend() -> str:
+    """Return the backend in force here: the innermost :func:`use_backend`, else the default."""
+    return _chosen.get() or _Default.name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a ``with`` block (or a decorated function), as `set_backend` does.
+
+    The choice holds for the current thread or asynchronous task only. The backward pass of an
+    operation runs on the backend that its forward was given, wherever ``backward()`` is called.
+
+    Args:
+        name: one of :data:`BACKENDS`.
+
+    Raises:
+        ConfigError: ``name`` is not one of them.
+    """
+    token = _chosen.set(_checked(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def run(op: str, function: str, *args: Any) -> Any:
+    """Call ``function`` of operation ``op`` on the backend in force.
+
+    Autocast is switched off meanwhile: the public functions have cast their inputs already, and an
+    operation chooses the precision of its inner steps itself.
+
+    Args:
+        op: the operation's folder name.
+        function: a function of its ``reference.py``.
+        *args: what to call it with; the first is a tensor, whose device decides.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot run this call.
+    """
+    device: torch.device = args[0].device
+    implementation = _select(op, function, device, args)
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return implementation(*args)
+    return implementation(*args)
+
+
+def register_autograd(
+    op: Any, backward: Callable[..., Any], *, setup_context: Callable[..., None]
+) -> None:
+    """Register a gradient that runs on the backend that the forward was given.
+
+    Args:
+        op: what ``torch.library.custom_op`` returned.
+        backward: ``backward(ctx, *grads)``.
+        setup_context: ``setup_context(ctx, inputs, output)``.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = get_backend()
+        setup_context(ctx, inputs, output)
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        with use_backend(ctx.backend):
+            return backward(ctx, *grads)
+
+    op.register_autograd(run_backward, setup_context=setup)
+
+
+def _select(
+    op: str, function: str, device: torch.device, args: tuple[Any, ...]
+) -> Callable[..., Any]:
+    reference = getattr(_module(op, "reference"), function)
+    chosen = get_backend()
+    if chosen == "reference":
+        return reference
+    if chosen == "auto":
+        if device.type == "cpu":
+            return _native_or_warn(op, function, args) or reference
+        shipped = _function(op, "triton", function) if device.type == "cuda" else None
+        if shipped is None:
+            _warn_once(
+                f"this release has no kernels for device type '{device.type}' yet: its operations "
+                "run on plain PyTorch there (use_backend('reference') silences this)"
+            )
+            return reference
+        return shipped
+    return _forced(op, function, chosen, device, args) or reference
+
+
+def _native_or_warn(op: str, function: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    native = _function(op, "cpu", function)
+    if native is None:
+        return None
+    reason = _module(op, "cpu").unsupported(*args)
+    if reason is None:
+        return native
+    _warn_once(
+        f"{op} runs on plain PyTorch instead of its native CPU kernel: {reason} "
+        "(use_backend('reference') silences this)"
+    )
+    return None
+
+
+def _forced(
+    op: str, function: str, backend: str, device: torch.device, args: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    """The implementation of a backend asked for by name; None where PyTorch's is the only one."""
+    needed = "cuda" if backend == "triton" else "cpu"
+    if device.type != needed:
+        raise BackendError(
+            f"{op}: backend '{backend}' needs tensors on device type '{needed}', found "
+            f"'{device.type}'; allowed there are 'auto' and 'reference'"
+        )
+    implementation = _function(op, backend, function)
+    if implementation is None:
+        if backend == "cpu":
+            return None
+        raise BackendError(
+            f"{op}: this release ships no '{backend}' kernel for it; allowed are 'auto' and "
+            "'reference'"
+        )
+    reason = _module(op, backend).unsupported(*args)
+    if reason is not None:
+        raise BackendError(f"{op}: backend '{backend}' cannot run this call: {reason}")
+    return implementation
+
+
+@functools.cache
+def _module(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"{_OPS}.{op}.{_MODULES[backend]}")
+
+
+@functools.cache
+def _function(op: str, backend: str, function: str) -> Callable[..., Any] | None:
+    """The function if the operation ships it for this backend. Presence of the file decides."""
+    if importlib.util.find_spec(f"{_OPS}.{op}.{_MODULES[backend]}") is None:
+        return None
+    return getattr(_module(op, backend), function, None)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, BackendFallbackWarning, stacklevel=2)
