@@ -1,0 +1,212 @@
+"""Where a ladder model's parts come from: names, folders, options."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils.hub import cached_file
+
+from ladder_kernels.errors import BaseMismatchError, CheckpointError, ConfigError, MissingFileError
+from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.checkpoint import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE
+from ladder_kernels.models.config import TAP_DTYPES, LadderModelConfig
+
+__all__ = [
+    "SavedLadder",
+    "check_fingerprint",
+    "check_options",
+    "check_placements",
+    "find_saved_ladder",
+    "generation_config_of",
+    "load_base",
+    "load_base_of",
+]
+
+WEIGHT_PLACEMENTS = ("resident",)
+TAP_STORES = ("device",)
+COMPUTE_DTYPES = {**TAP_DTYPES, "float64": torch.float64}
+
+# What AutoModelForCausalLM and callers of transformers pass along, and means nothing here.
+_HARMLESS = (
+    "trust_remote_code", "adapter_kwargs", "use_safetensors", "low_cpu_mem_usage",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedLadder:
+    """A saved ladder that was found.
+
+    Attributes:
+        config: From its ``config.json``.
+        weights: Its weights file.
+    """
+
+    config: LadderModelConfig
+    weights: Path
+
+
+def check_placements(weights: str, taps: str) -> None:
+    """Refuse placements that do not exist.
+
+    Raises:
+        ConfigError: Naming what does.
+    """
+    for name, value, allowed in (
+        ("weights", weights, WEIGHT_PLACEMENTS),
+        ("taps", taps, TAP_STORES),
+    ):
+        if value not in allowed:
+            raise ConfigError(
+                f"{name}: found {value!r}; allowed are {', '.join(map(repr, allowed))}"
+            )
+
+
+def check_options(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Refuse options of ``from_pretrained`` that would be ignored.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    if arguments:
+        raise ConfigError(
+            f"from_pretrained: found {len(arguments) + 1} positional arguments; allowed is one, "
+            "the name or path"
+        )
+    for name in options:
+        if not name.startswith("_") and name not in _HARMLESS:
+            raise ConfigError(
+                f"from_pretrained: found unknown option {name!r}; its documentation lists those "
+                "that there are"
+            )
+
+
+def find_saved_ladder(name: str) -> SavedLadder | None:
+    """Look whether ``name`` is a saved ladder.
+
+    Args:
+        name: Folder or hub name.
+
+    Returns:
+        The ladder, or ``None`` if ``name`` is anything else, existing or not.
+
+    Raises:
+        CheckpointError: If its configuration cannot be read.
+        MissingFileError: If it is a saved ladder without weights.
+    """
+    path = Path(name)
+    if path.exists():
+        file = path / CONFIG_FILE
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{file}: not a readable JSON file ({error})") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{file}: found a {type(values).__name__}; it must be an object")
+        weights = path / WEIGHTS_FILE
+    else:
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(name)
+        except (OSError, ValueError):
+            return None
+        weights = None
+    if values.get("model_type") != LadderModelConfig.model_type:
+        return None
+    if weights is None:
+        found = cached_file(name, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            raise MissingFileError(f"{name}: no {WEIGHTS_FILE}; a saved ladder needs it")
+        weights = Path(str(found))
+    return SavedLadder(LadderModelConfig.from_dict(values), weights)
+
+
+def load_base(
+    name: str | os.PathLike[str],
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    quantization: Mapping[str, Any],
+) -> Backbone:
+    """Load a backbone; entries of ``quantization`` that are ``None`` take the loader's defaults."""
+    from ladder_kernels.models.loading import load_backbone
+
+    options = {key: value for key, value in quantization.items() if value is not None}
+    return load_backbone(os.fspath(name), dtype=_compute_dtype_of(dtype), device=device, **options)
+
+
+def _compute_dtype_of(value: str | torch.dtype | None) -> torch.dtype | None:
+    if value is None or value == "auto":
+        return None
+    for name, dtype in COMPUTE_DTYPES.items():
+        if value in (name, dtype):
+            return dtype
+    raise ConfigError(
+        f"dtype: found {value!r}; allowed are 'auto', {', '.join(map(repr, COMPUTE_DTYPES))}"
+    )
+
+
+def load_base_of(
+    config: LadderModelConfig,
+    saved: SavedLadder,
+    base: str | os.PathLike[str] | Backbone | None,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    quantization: Mapping[str, Any],
+) -> Backbone:
+    """The backbone of a saved ladder: as it names it, or ``base`` instead.
+
+    Raises:
+        ConfigError: If the ladder names none and none is given.
+    """
+    if isinstance(base, Backbone):
+        return base
+    if base is None and not config.base_name_or_path:
+        raise ConfigError(
+            "base: this ladder was saved from a base in memory and names none; give base=..."
+        )
+    options = {
+        key: config.base_quantization.get(key) if value is None else value
+        for key, value in quantization.items()
+    }
+    if base is not None:
+        return load_base(base, dtype, device, options)
+    name = config.base_name_or_path
+    beside = saved.weights.parent / name
+    if not Path(name).exists() and beside.exists():
+        name = str(beside)
+    return load_base(name, dtype, device, options)
+
+
+def check_fingerprint(name: str, config: LadderModelConfig, backbone: Backbone) -> None:
+    """Refuse a base that is not the one that a saved ladder was trained on.
+
+    Raises:
+        BaseMismatchError: Naming both.
+    """
+    if backbone.fingerprint != config.base_fingerprint:
+        trained_on = config.base_name_or_path or "a base in memory"
+        found = backbone.name_or_path or "a base in memory"
+        raise BaseMismatchError(
+            f"{name}: this ladder was trained on {trained_on} (fingerprint "
+            f"{config.base_fingerprint[:12]}), "
+            f"found {found} (fingerprint {backbone.fingerprint[:12]}); a ladder works on its own "
+            "base only"
+        )
+
+
+def generation_config_of(name: str) -> GenerationConfig | None:
+    """The generation settings that come with a model; ``None`` if there are none."""
+    path = Path(name)
+    if path.exists() and not (path / GENERATION_FILE).is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
