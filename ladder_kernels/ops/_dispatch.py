@@ -34,6 +34,7 @@ BACKENDS = ("auto", "triton", "cpu", "reference")
 """The names that :func:`set_backend` and :func:`use_backend` accept."""
 
 _MODULES = {"triton": "gpu", "cpu": "cpu", "reference": "reference"}
+_FOR_DEVICE = {"cuda": "triton", "cpu": "cpu"}
 _OPS = "ladder_kernels.ops"
 
 
@@ -149,28 +150,28 @@ def _select(
     if chosen == "reference":
         return reference
     if chosen == "auto":
-        if device.type == "cpu":
-            return _native_or_warn(op, function, args) or reference
-        shipped = _function(op, "triton", function) if device.type == "cuda" else None
-        if shipped is None:
-            _warn_once(
-                f"this release has no kernels for device type '{device.type}' yet: its operations "
-                "run on plain PyTorch there (use_backend('reference') silences this)"
-            )
-            return reference
-        return shipped
+        return _best(op, function, device, args) or reference
     return _forced(op, function, chosen, device, args) or reference
 
 
-def _native_or_warn(op: str, function: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    native = _function(op, "cpu", function)
-    if native is None:
+def _best(
+    op: str, function: str, device: torch.device, args: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    """What the operation ships for the device, if it can run; else None, having said why."""
+    backend = _FOR_DEVICE.get(device.type)
+    shipped = None if backend is None else _function(op, backend, function)
+    if backend is None or shipped is None:
+        if device.type != "cpu":
+            _warn_once(
+                f"this release has no kernels for device type '{device.type}' yet: operations run "
+                "on plain PyTorch there (use_backend('reference') silences this)"
+            )
         return None
-    reason = _module(op, "cpu").unsupported(*args)
+    reason = _module(op, backend).unsupported(*args)
     if reason is None:
-        return native
+        return shipped
     _warn_once(
-        f"{op} runs on plain PyTorch instead of its native CPU kernel: {reason} "
+        f"{op} runs on plain PyTorch instead of its '{backend}' kernel: {reason} "
         "(use_backend('reference') silences this)"
     )
     return None

@@ -73,13 +73,12 @@ def linear_cross_entropy(
     for start, stop in blocks(kept.shape[0], TOKENS):
         tokens = kept[start:stop]
         rows = hidden[tokens].to(dtype) * logit_scale
-        at_label, lse_block, grad_block = _sweep(
-            rows, head, labels[tokens], softcap, hidden.dtype, need_grad
-        )
-        lse[tokens] = lse_block
-        loss[tokens] = lse_block - at_label
-        if grad_block is not None:
-            grad[tokens] = grad_block.mul_(logit_scale).to(hidden.dtype)
+        sweep = _Sweep(rows, labels[tokens], softcap, need_grad)
+        for first, last in blocks(head.shape[0], VOCABULARY):
+            sweep.add(_head_rows(head, first, last, hidden.dtype).to(dtype), first)
+        loss[tokens], lse[tokens] = sweep.losses()
+        if need_grad:
+            grad[tokens] = sweep.gradient().mul_(logit_scale).to(hidden.dtype)
     return loss, lse, grad
 
 
@@ -107,14 +106,9 @@ def head_grad(
         for start, stop in blocks(kept.shape[0], TOKENS):
             tokens = kept[start:stop]
             rows = hidden[tokens].to(dtype) * logit_scale
-            logits, slope = _logits(rows, weight, softcap)
-            column, inside = _columns(labels[tokens], first, last)
-            change = logits.sub_(lse[tokens].unsqueeze(1)).exp_()
-            change.scatter_(1, column, change.gather(1, column) - inside.to(dtype))
-            if slope is not None:
-                change *= slope
-            change *= grad_loss[tokens].to(dtype).unsqueeze(1)
-            total.addmm_(change.t(), rows)
+            scale = grad_loss[tokens].to(dtype)
+            change = _logits_grad(rows, weight, labels[tokens], lse[tokens], first, softcap)
+            total.addmm_(change.mul_(scale.unsqueeze(1)).t(), rows)
         result[first:last] = total
     return result
 
@@ -132,42 +126,71 @@ def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
     return kept
 
 
-def _sweep(
-    rows: Tensor,
-    head: Tensor | NF4Weight,
-    labels: Tensor,
-    softcap: float | None,
-    head_dtype: torch.dtype,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One pass over the vocabulary: the label's logit, the logsumexp and the gradient to rows."""
-    maximum = rows.new_full((rows.shape[0], 1), -torch.inf)
-    total = torch.zeros_like(maximum)
-    at_label = torch.zeros_like(maximum)
-    expected = torch.zeros_like(rows) if need_grad else None
-    label_rows = torch.zeros_like(rows) if need_grad else None
-    for first, last in blocks(head.shape[0], VOCABULARY):
-        weight = _head_rows(head, first, last, head_dtype).to(rows.dtype)
-        logits, slope = _logits(rows, weight, softcap)
-        column, inside = _columns(labels, first, last)
-        at_label = torch.where(inside, logits.gather(1, column), at_label)
-        highest = torch.maximum(maximum, logits.amax(1, keepdim=True))
-        shrink = (maximum - highest).exp_()
+class _Sweep:
+    """One pass over the vocabulary for one block of tokens; its fields are what the pass carries.
+
+    Shapes, for ``T`` tokens: ``rows`` ``[T, D]`` (scaled by ``logit_scale``), ``maximum``,
+    ``total`` (of ``exp(l - maximum)``) and ``at_label`` (the label's logit) ``[T, 1]``,
+    ``expected`` (sum of ``exp(l - maximum) * s * head_v``) and ``label_rows`` (``s * head_label``)
+    ``[T, D]``.
+    """
+
+    def __init__(
+        self, rows: Tensor, labels: Tensor, softcap: float | None, need_grad: bool
+    ) -> None:
+        self.rows = rows
+        self.labels = labels
+        self.softcap = softcap
+        self.maximum = rows.new_full((rows.shape[0], 1), -torch.inf)
+        self.total = torch.zeros_like(self.maximum)
+        self.at_label = torch.zeros_like(self.maximum)
+        self.need_grad = need_grad
+        if need_grad:
+            self.expected = torch.zeros_like(rows)
+            self.label_rows = torch.zeros_like(rows)
+
+    def add(self, weight: Tensor, first: int) -> None:
+        """Take in the head's rows from ``first`` on, ``weight`` ``[rows, D]``."""
+        logits, slope = _logits(self.rows, weight, self.softcap)
+        column, inside = _columns(self.labels, first, weight.shape[0])
+        self.at_label = torch.where(inside, logits.gather(1, column), self.at_label)
+        highest = torch.maximum(self.maximum, logits.amax(1, keepdim=True))
+        shrink = self.maximum.sub_(highest).exp_()
+        self.maximum = highest
         share = logits.sub_(highest).exp_()
-        total.mul_(shrink).add_(share.sum(1, keepdim=True))
-        maximum = highest
-        if expected is not None and label_rows is not None:
-            label_row = weight[column.squeeze(1)]
+        self.total.mul_(shrink).add_(share.sum(1, keepdim=True))
+        if self.need_grad:
+            label_rows = weight[column.squeeze(1)]
             if slope is not None:
                 share *= slope
-                label_row *= slope.gather(1, column)
-            expected.mul_(shrink).addmm_(share, weight)
-            label_rows = torch.where(inside, label_row, label_rows)
-    lse = total.log().add_(maximum)
-    if expected is None or label_rows is None:
-        return at_label.squeeze(1), lse.squeeze(1), None
-    expected.div_(total).sub_(label_rows)
-    return at_label.squeeze(1), lse.squeeze(1), expected
+                label_rows *= slope.gather(1, column)
+            self.expected.mul_(shrink).addmm_(share, weight)
+            self.label_rows = torch.where(inside, label_rows, self.label_rows)
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Return the losses and the logsumexps, each ``[T]``."""
+        lse = self.total.log().add_(self.maximum)
+        return (lse - self.at_label).squeeze(1), lse.squeeze(1)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of each token's loss to ``rows``, ``[T, D]``; call it once."""
+        return self.expected.div_(self.total).sub_(self.label_rows)
+
+
+def _logits_grad(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    first: int,
+    softcap: float | None,
+) -> Tensor:
+    """The gradient of each token's loss to a block of ``z``: ``(p - [v = label]) * s``."""
+    logits, slope = _logits(rows, weight, softcap)
+    column, inside = _columns(labels, first, weight.shape[0])
+    change = logits.sub_(lse.unsqueeze(1)).exp_()
+    change.scatter_(1, column, change.gather(1, column) - inside.to(change.dtype))
+    return change if slope is None else change.mul_(slope)
 
 
 def _head_rows(head: Tensor | NF4Weight, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -186,8 +209,11 @@ def _logits(rows: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor
     return logits.mul_(softcap), slope
 
 
-def _columns(labels: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Each label's column in the block ``[first, last)``, ``[T, 1]``, and whether it is in it."""
+def _columns(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Each label's column in the block of ``width`` from ``first`` on, and whether it is in it.
+
+    Both are ``[T, 1]``; labels outside are moved to the block's edge.
+    """
     column = (labels - first).unsqueeze(1)
-    inside = (column >= 0) & (column < last - first)
-    return column.clamp_(0, last - first - 1), inside
+    inside = (column >= 0) & (column < width)
+    return column.clamp_(0, width - 1), inside

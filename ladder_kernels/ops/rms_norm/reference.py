@@ -31,7 +31,7 @@ def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Return the normalised ``x``, ``[..., D]`` in x's dtype, always a new contiguous tensor."""
     y = normalize(x, eps, accumulation_dtype(x.dtype))
-    y = y.to(x.dtype, memory_format=torch.contiguous_format)
+    y = y.to(x.dtype).contiguous()
     return y if weight is None else y.mul_(weight)
 
 
@@ -59,4 +59,4 @@ def rms_norm_backward(
         along = along * weight.to(wide_dtype)
     shared = (along * normalized).mean(-1, keepdim=True)
     dx = normalized.mul_(-shared).add_(along).mul_(scale)
-    return dx.to(x.dtype, memory_format=torch.contiguous_format), dweight
+    return dx.to(x.dtype).contiguous(), dweight

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ladder_kernels as lk
+from ladder_kernels import ops
+from ladder_kernels.errors import BackendError, BackendFallbackWarning, ConfigError
+from ladder_kernels.nf4 import quantize_nf4
+from ladder_kernels.ops import _dispatch
+
+
+@pytest.fixture(autouse=True)
+def _as_at_the_start() -> Iterator[None]:
+    _dispatch._warn_once.cache_clear()
+    yield
+    ops.set_backend("auto")
+    _dispatch._warn_once.cache_clear()
+
+
+def test_default_and_process_wide_choice():
+    assert ops.get_backend() == "auto"
+    for name in ops.BACKENDS:
+        ops.set_backend(name)
+        assert ops.get_backend() == name
+
+
+def test_blocks_nest_and_end():
+    with ops.use_backend("reference"):
+        with ops.use_backend("cpu"):
+            assert ops.get_backend() == "cpu"
+            ops.set_backend("triton")  # the default below; blocks stay in force
+            assert ops.get_backend() == "cpu"
+        assert ops.get_backend() == "reference"
+    assert ops.get_backend() == "triton"
+
+
+def test_block_ends_with_an_exception():
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        raise KeyError
+    assert ops.get_backend() == "auto"
+
+
+def test_decorator():
+    @ops.use_backend("reference")
+    def inside():
+        return ops.get_backend()
+
+    assert [inside(), ops.get_backend(), inside()] == ["reference", "auto", "reference"]
+
+
+@pytest.mark.parametrize(
+    "choose", [ops.set_backend, lambda name: ops.use_backend(name).__enter__()]
+)
+@pytest.mark.parametrize("name", ["cuda", "", "Auto", None])
+def test_unknown_name(choose, name):
+    with pytest.raises(
+        ConfigError, match=f"backend {name!r} is not known; allowed are 'auto', 'triton', 'cpu', "
+    ):
+        choose(name)
+    assert ops.get_backend() == "auto"
+
+
+def test_public_names_are_the_same_functions():
+    assert lk.use_backend is ops.use_backend
+    with lk.use_backend("reference"):
+        assert lk.get_backend() == "reference"
+
+
+def test_a_block_holds_for_its_own_thread():
+    seen = []
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        inside.wait(10)
+        seen.append(ops.get_backend())
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with ops.use_backend("reference"):
+        inside.set()
+        assert done.wait(10)
+    thread.join()
+    assert seen == ["auto"]
+
+
+def test_a_block_holds_for_its_own_task():
+    async def choose(name: str) -> list[str]:
+        with ops.use_backend(name):
+            seen = []
+            for _ in range(3):
+                await asyncio.sleep(0)
+                seen.append(ops.get_backend())
+        return seen
+
+    async def both() -> list[list[str]]:
+        return list(await asyncio.gather(choose("cpu"), choose("reference")))
+
+    assert asyncio.run(both()) == [["cpu"] * 3, ["reference"] * 3]
+
+
+def test_triton_needs_a_gpu():
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(
+            BackendError,
+            match=r"rms_norm: backend 'triton' needs tensors on device type 'cuda', found 'cpu'",
+        ),
+    ):
+        ops.rms_norm(torch.ones(2, 3), None, 1e-6)
+
+
+def test_cpu_accepts_operations_that_have_no_native_kernel():
+    x = torch.randn(2, 3)
+    with ops.use_backend("cpu"):
+        y = ops.rms_norm(x, None, 1e-6)
+    assert torch.equal(y, ops.rms_norm(x, None, 1e-6))
+
+
+def test_falling_back_is_said_once():
+    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
+    with pytest.warns(BackendFallbackWarning, match="nf4_linear runs on plain PyTorch instead of"):
+        first = ops.nf4_linear(x, weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(ops.nf4_linear(x, weight), first)
+
+
+def test_a_forced_backend_does_not_fall_back():
+    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
+    with (
+        ops.use_backend("cpu"),
+        pytest.raises(BackendError, match="nf4_linear: backend 'cpu' cannot run this call: "),
+    ):
+        ops.nf4_linear(x, weight)
+
+
+def test_reference_says_nothing():
+    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
+    with ops.use_backend("reference"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.nf4_linear(x, weight)
+
+
+def test_backward_runs_where_the_forward_did():
+    weight = quantize_nf4(torch.randn(8, 32))
+    x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
+    with ops.use_backend("reference"):
+        loss = ops.nf4_linear(x, weight).sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.backward()  # "auto" is in force here, and would say that float64 falls back
+    assert x.grad is not None
+
+
+def test_native_and_reference_agree_through_the_operation():
+    weight, other = quantize_nf4(torch.randn(48, 128)), quantize_nf4(torch.randn(48, 128))
+    results = []
+    for backend in ("cpu", "reference"):
+        x = torch.linspace(-1, 1, 5 * 128).view(5, 128).requires_grad_()
+        with ops.use_backend(backend):
+            out = ops.nf4_linear(x, weight) + ops.nf4_swiglu(x, weight, other)
+            out.square().sum().backward()
+        results.append((out.detach(), x.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
