@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ladder_kernels.errors import CheckpointError
-from ladder_kernels.nf4.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, nf4_code
-from ladder_kernels.nf4.interchange import as_bytes, as_storage, check_parts
+from ladder_kernels.errors import CheckpointError, ConfigError
+from ladder_kernels.nf4.bitsandbytes import as_bytes, as_storage
+from ladder_kernels.nf4.codebook import nf4_code
+from ladder_kernels.nf4.quantize import BLOCKSIZES, NESTED_BLOCKSIZE
 from ladder_kernels.nf4.weight import NF4Weight
 
 __all__ = ["from_state_dict", "is_quantized", "state_keys", "to_state_dict"]
@@ -126,15 +127,17 @@ def from_state_dict(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
         raise CheckpointError(f"{name}.quant_map does not hold the sixteen values of NF4")
     if name not in tensors:
         raise CheckpointError(f"{name} is missing from the file, though its scales are there")
-    weight = NF4Weight(
-        packed=as_bytes(tensors[name]),
-        absmax=_tensor(name, "absmax", tensors),
-        shape=tuple(shape),
-        blocksize=blocksize,
-        dtype=dtype,
-        **nested,
-    )
-    return check_parts(weight, name)
+    try:
+        return NF4Weight(
+            packed=as_bytes(tensors[name]),
+            absmax=_tensor(name, "absmax", tensors),
+            shape=tuple(shape),
+            blocksize=blocksize,
+            dtype=dtype,
+            **nested,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _tensor(name: str, part: str, tensors: Mapping[str, Tensor]) -> Tensor:
