@@ -74,7 +74,7 @@ class Backbone(nn.Module):
     head_bias: torch.Tensor | None
 
     def __init__(
-        self, config: Any, *, quantization: Quantization, fingerprint: str, name_or_path: str = ""
+        self, config: Any, *, quantization: Quantization, fingerprint: str = "", name_or_path: str = ""
     ) -> None:
         super().__init__()
         self.config = config
@@ -83,6 +83,7 @@ class Backbone(nn.Module):
         self.name_or_path = name_or_path
         self.softcap: float | None = None
         self.logit_scale = 1.0
+        self.register_buffer("head_bias", None, persistent=False)
 
     @property
     @abstractmethod
@@ -97,14 +98,14 @@ class Backbone(nn.Module):
     @abstractmethod
     def _run(
         self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
+        tokens: torch.Tensor,
         layout: SequenceLayout,
         cache: Any,
         emit: Callable[[int, torch.Tensor], None],
     ) -> None:
         """Run all layers and call ``emit(t, h[t])`` for ``t`` in ``0..L``, in order.
 
+        ``tokens`` are ids ``[B, S]``, or embeddings ``[B, S, D]`` in the compute dtype.
         ``emit`` copies what it needs, so ``h`` may be overwritten afterwards.
         """
 
@@ -115,6 +116,10 @@ class Backbone(nn.Module):
     @abstractmethod
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
         """Every weight once, by its name in a transformers checkpoint; linear ones ``[N, K]``."""
+
+    @abstractmethod
+    def float_linears(self) -> list[str]:
+        """Linear layers that are not quantised, by module name in transformers."""
 
     @abstractmethod
     def block_weights(self, layer: int) -> dict[str, torch.Tensor]:
@@ -142,9 +147,9 @@ class Backbone(nn.Module):
         return self.config.hidden_size
 
     @property
+    @abstractmethod
     def intermediate_size(self) -> int:
         """Width inside the MLP."""
-        return self.config.intermediate_size
 
     @property
     def vocab_size(self) -> int:
@@ -213,12 +218,12 @@ class Backbone(nn.Module):
             ConfigError: If not exactly one input is given, a shape does not fit the layout, or a
                 tap layer does not exist.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds.to(self.dtype)
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is not None and tuple(given.shape[:2]) != (layout.batch, layout.length):
+        if tuple(tokens.shape[:2]) != (layout.batch, layout.length):
             raise ConfigError(
-                f"the inputs have shape {list(given.shape)}, the layout is for "
+                f"the inputs have shape {list(tokens.shape)}, the layout is for "
                 f"[{layout.batch}, {layout.length}]"
             )
         for layer in tap_layers:
@@ -242,7 +247,7 @@ class Backbone(nn.Module):
                 hidden.copy_(state)
 
         with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
-            self._run(input_ids, inputs_embeds, layout, cache, emit)
+            self._run(tokens, layout.to(self.device), cache, emit)
         return FrozenPass(taps=taps, hidden=hidden)
 
     def final_norm(self, y: torch.Tensor) -> torch.Tensor:

@@ -341,6 +341,7 @@ class LadderModelConfig(PreTrainedConfig):
             GGUF file, ``gguf_file``: how the base was made from ``base_name_or_path``.
         tap_dtype: Name of the dtype that taps are kept in.
         return_logits: Whether a forward with labels returns logits too.
+        use_cache: Whether a forward returns a cache where the caller does not say.
         **options: What every transformers configuration takes.
     """
 
@@ -356,6 +357,7 @@ class LadderModelConfig(PreTrainedConfig):
         base_quantization: Mapping[str, Any] | None = None,
         tap_dtype: str = "bfloat16",
         return_logits: bool = False,
+        use_cache: bool = True,
         **options: Any,
     ) -> None:
         self.ladder = ladder.to_dict() if isinstance(ladder, LadderConfig) else dict(ladder or {})
@@ -365,7 +367,7 @@ class LadderModelConfig(PreTrainedConfig):
         self.base_quantization = dict(base_quantization or {})
         self.tap_dtype = tap_dtype
         self.return_logits = return_logits
-        options.setdefault("use_cache", True)
+        self.use_cache = use_cache
         super().__init__(**options)
 
     @property

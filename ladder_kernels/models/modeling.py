@@ -128,6 +128,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         quantize_head: bool | None = None,
         gguf_file: str | None = None,
         base: str | os.PathLike[str] | Backbone | None = None,
+        revision: str | None = None,
         config: LadderModelConfig | None = None,
         **options: Any,
     ) -> LadderForCausalLM:
@@ -154,6 +155,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             base: For a saved ladder: where its base is, or the loaded base, when it is no longer at
                 the place that the ladder names. A relative path that the ladder names is looked up
                 from the working directory, then from the ladder's folder.
+            revision: Branch, tag or commit of a saved ladder on the hub.
             config: Passed by ``AutoModelForCausalLM``; what is in the folder counts.
             options: None of consequence; ``trust_remote_code`` and what ``AutoModelForCausalLM``
                 passes along are ignored.
@@ -177,8 +179,13 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             "quantize_head": quantize_head,
             "gguf_file": gguf_file,
         }
-        saved = pretrained.find_saved_ladder(name) if gguf_file is None else None
+        saved = pretrained.find_saved_ladder(name, revision) if gguf_file is None else None
         if saved is None:
+            if revision is not None:
+                raise ConfigError(
+                    f"revision: found {revision!r}, but {name} is no saved ladder; only one of "
+                    "those has a revision"
+                )
             if base is not None:
                 raise ConfigError(
                     f"base: found {base!s}, but {name} is no saved ladder; only one of those has "

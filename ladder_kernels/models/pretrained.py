@@ -79,19 +79,20 @@ def check_options(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Non
             f"from_pretrained: found {len(arguments) + 1} positional arguments; allowed is one, "
             "the name or path"
         )
-    for name in options:
-        if not name.startswith("_") and name not in _HARMLESS:
+    for name, value in options.items():
+        if value is not None and not name.startswith("_") and name not in _HARMLESS:
             raise ConfigError(
                 f"from_pretrained: found unknown option {name!r}; its documentation lists those "
                 "that there are"
             )
 
 
-def find_saved_ladder(name: str) -> SavedLadder | None:
+def find_saved_ladder(name: str, revision: str | None = None) -> SavedLadder | None:
     """Look whether ``name`` is a saved ladder.
 
     Args:
         name: Folder or hub name.
+        revision: Branch, tag or commit on the hub.
 
     Returns:
         The ladder, or ``None`` if ``name`` is anything else, existing or not.
@@ -114,14 +115,16 @@ def find_saved_ladder(name: str) -> SavedLadder | None:
         weights = path / WEIGHTS_FILE
     else:
         try:
-            values, _ = PreTrainedConfig.get_config_dict(name)
+            values, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
         except (OSError, ValueError):
             return None
         weights = None
     if values.get("model_type") != LadderModelConfig.model_type:
         return None
     if weights is None:
-        found = cached_file(name, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            name, WEIGHTS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         if found is None:
             raise MissingFileError(f"{name}: no {WEIGHTS_FILE}; a saved ladder needs it")
         weights = Path(str(found))

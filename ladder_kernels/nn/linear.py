@@ -1,4 +1,4 @@
-"""A frozen linear layer whose weight is kept in NF4."""
+"""Frozen linear layers: with the weight in NF4, and in float where a checkpoint keeps it so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops import nf4_linear
 
-__all__ = ["NF4Linear", "move_exactly"]
+__all__ = ["FrozenLinear", "NF4Linear", "move_exactly"]
 
 _TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 
@@ -110,4 +110,49 @@ class NF4Linear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, blocksize={self.blocksize}{double}"
+        )
+
+
+class FrozenLinear(nn.Module):
+    """``y = x W^T + bias (+ residual)`` with a frozen float ``W`` ``[N, K]``.
+
+    For layers that a quantised checkpoint left in float. Weight and bias are non-persistent buffers
+    and follow casts.
+
+    Args:
+        weight: ``[N, K]``.
+        bias: ``[N]`` or ``None``.
+
+    Attributes:
+        in_features: ``K``.
+        out_features: ``N``.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight.detach(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            x: ``[..., K]``.
+            residual: ``[..., N]``, added to the result.
+
+        Returns:
+            ``[..., N]``; differentiable in ``x`` and ``residual``.
+        """
+        out = nn.functional.linear(x, self.weight, self.bias)
+        return out if residual is None else out + residual
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the brackets."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
         )

@@ -1,0 +1,224 @@
+"""Our own frozen backbone for the llama family, on the operations of this library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ladder_kernels.models.architecture import Architecture
+from ladder_kernels.models.backbone import Backbone, Quantization
+from ladder_kernels.models.weights import WeightReader
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nn.attention import SequenceLayout, attend
+from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
+from ladder_kernels.nn.rotary import Rotary, rotate_
+from ladder_kernels.ops import nf4_swiglu, rms_norm
+
+__all__ = ["NativeBackbone"]
+
+Linear = NF4Linear | FrozenLinear
+
+
+class NativeBlock(nn.Module):
+    """One frozen block: attention and MLP, each behind an RMS norm and beside the residual stream.
+
+    Args:
+        architecture: Of the model.
+        layer: Index of the block, from 0; also its layer in a cache.
+        reader: Where the weights come from.
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+
+    def __init__(self, architecture: Architecture, layer: int, reader: WeightReader) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = architecture.head_dim
+        self.eps = architecture.eps
+        self.qk_norm = architecture.qk_norm
+        self.window = architecture.windows[layer]
+        self.rope = architecture.rope[layer]
+        prefix = f"model.layers.{layer}."
+        for role, (name, _, bias) in architecture.linears().items():
+            self.add_module(role, reader.linear(prefix + name, bias=bias))
+        for role, (name, _) in architecture.norms().items():
+            self.register_buffer(role, reader.tensor(f"{prefix}{name}.weight"), persistent=False)
+        self.activation = ACT2FN[architecture.activation]
+        self.fused = architecture.activation == "silu" and not architecture.mlp_bias
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+    ) -> torch.Tensor:
+        """Run the block.
+
+        Args:
+            hidden: The residual stream, ``[B, S, D]``; left as it is.
+            layout: Of the batch.
+            rotary: Cosines and sines of :class:`Rotary`.
+            cache: A transformers ``Cache`` or ``None``.
+
+        Returns:
+            The residual stream after the block, ``[B, S, D]``.
+        """
+        x = rms_norm(hidden, self.input_norm, self.eps)
+        q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
+        if self.qk_norm:
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        if self.rope:
+            q, k = rotate_(q, *rotary), rotate_(k, *rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        x = attend(q, k, v, layout, window=self.window)
+        del q, k, v
+        hidden = self.o(x, hidden)
+        x = rms_norm(hidden, self.post_norm, self.eps)
+        if self.fused and isinstance(self.gate, NF4Linear) and isinstance(self.up, NF4Linear):
+            x = nf4_swiglu(x, self.gate.weight, self.up.weight)
+        else:
+            x = self.activation(self.gate(x)) * self.up(x)
+        return self.down(x, hidden)
+
+
+class NativeBackbone(Backbone):
+    """A frozen model of the llama family (see :data:`~ladder_kernels.models.architecture.FAMILIES`).
+
+    Args:
+        config: Its transformers configuration.
+        architecture: The same, resolved.
+        reader: Where the weights come from.
+        quantization: How they are quantised.
+        name_or_path: Where the base came from, as the user gave it.
+    """
+
+    runs_on: ClassVar[str] = "ladder_kernels"
+
+    embed: torch.Tensor
+    norm: torch.Tensor
+
+    def __init__(
+        self,
+        config: Any,
+        architecture: Architecture,
+        reader: WeightReader,
+        *,
+        quantization: Quantization,
+        name_or_path: str = "",
+    ) -> None:
+        super().__init__(config, quantization=quantization, name_or_path=name_or_path)
+        self.architecture = architecture
+        self.rotary = Rotary(config, architecture.head_dim)
+        tied = bool(config.tie_word_embeddings)
+        # Read first: a head that shares the embedding is quantised from it before its dtype changes.
+        head = reader.head(
+            "lm_head.weight",
+            shared_with="model.embed_tokens.weight" if tied else None,
+            quantize=quantization.quantize_head,
+        )
+        self.register_buffer("embed", reader.tensor("model.embed_tokens.weight"), persistent=False)
+        self.nf4_head = NF4Linear(head) if isinstance(head, NF4Weight) else None
+        self.register_buffer(
+            "float_head", head if isinstance(head, torch.Tensor) else None, persistent=False
+        )
+        self.blocks = nn.ModuleList(
+            NativeBlock(architecture, layer, reader) for layer in range(architecture.num_layers)
+        )
+        self.register_buffer("norm", reader.tensor("model.norm.weight"), persistent=False)
+        self.fingerprint = reader.fingerprint({"llama_family": architecture.fingerprint()})
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """The token embeddings ``[V, D]`` in the compute dtype."""
+        return self.embed
+
+    @property
+    def head(self) -> torch.Tensor | NF4Weight:
+        """The output head ``[V, D]``; the embeddings themselves when they are tied and float."""
+        if self.nf4_head is not None:
+            return self.nf4_head.weight
+        return self.embed if self.float_head is None else self.float_head
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the MLP."""
+        return self.architecture.intermediate_size
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Any,
+        emit: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        hidden = tokens
+        if not tokens.is_floating_point():
+            hidden = nn.functional.embedding(tokens, self.embed)
+        emit(0, hidden)
+        rotary = self.rotary(layout.position_ids, self.dtype)
+        for layer, block in enumerate(self.blocks, start=1):
+            hidden = block(hidden, layout, rotary, cache)
+            emit(layer, hidden)
+
+    def _final_norm(self, y: torch.Tensor) -> torch.Tensor:
+        return rms_norm(y, self.norm, self.architecture.eps)
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
+        """Every weight once, by its name in a transformers checkpoint; linear ones ``[N, K]``."""
+        yield "model.embed_tokens.weight", self.embed
+        for layer, block in enumerate(self.blocks):
+            prefix = f"model.layers.{layer}."
+            for role, (name, _, _) in self.architecture.linears().items():
+                linear = getattr(block, role)
+                yield f"{prefix}{name}.weight", linear.weight
+                if linear.bias is not None:
+                    yield f"{prefix}{name}.bias", linear.bias
+            for role, (name, _) in self.architecture.norms().items():
+                yield f"{prefix}{name}.weight", getattr(block, role)
+        yield "model.norm.weight", self.norm
+        head = self.head
+        if head is not self.embed:
+            yield "lm_head.weight", head
+
+    def float_linears(self) -> list[str]:
+        """Linear layers that are not quantised, by module name in transformers."""
+        return [
+            name.removesuffix(".weight")
+            for name, weight in self.named_weights()
+            if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight is not self.embed
+        ] + (["lm_head"] if self.head is self.embed else [])
+
+    def block_weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """The weights of one block as fp32 tensors by role; see :class:`Backbone`."""
+        block = self.blocks[layer]
+        weights = {}
+        for role in self.architecture.linears():
+            weight = getattr(block, role).weight
+            weights[role] = (
+                weight.dequantize(torch.float32)
+                if isinstance(weight, NF4Weight)
+                else weight.float()
+            )
+        for role in ("input_norm", "post_norm"):
+            weights[role] = getattr(block, role).float()
+        return weights

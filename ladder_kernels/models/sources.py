@@ -1,0 +1,158 @@
+"""Where tensors come from: safetensors files, float or of bitsandbytes, and models in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ladder_kernels.errors import CheckpointError, MissingFileError, UnsupportedModelError
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nf4.checkpoint import from_state_dict, is_quantized, state_keys
+
+__all__ = ["ModuleSource", "SafetensorsSource", "read_json"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A json file with an object in it.
+
+    Raises:
+        MissingFileError: If there is no such file.
+        CheckpointError: If it is not valid json, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"'{path}' does not exist") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not valid json: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{path}' must hold a json object, it holds a {type(content).__name__}")
+    return content
+
+
+class SafetensorsSource:
+    """The safetensors files of a model folder.
+
+    Args:
+        folder: With ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+        prequantized: Whether the checkpoint is quantised, so that its float layers stay float.
+
+    Raises:
+        MissingFileError: If the folder holds no safetensors, or lacks a shard.
+        CheckpointError: If a file is truncated or corrupt.
+    """
+
+    def __init__(self, folder: Path, *, prequantized: bool = False) -> None:
+        self.where = str(folder)
+        self.prequantized = prequantized
+        self._open: tuple[Path, Any] | None = None
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...] | None] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in _model_files(folder):
+            handle = self._handle(path)
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                self._files[name] = path
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+        belongs_to_another: set[str] = set()
+        for name in shapes:
+            if is_quantized(name, shapes):
+                belongs_to_another |= set(state_keys(name, shapes)) - {name}
+                self._shapes[name] = None
+        for name, shape in shapes.items():
+            if name not in belongs_to_another:
+                self._shapes.setdefault(name, shape)
+
+    def _handle(self, path: Path) -> Any:
+        # One file at a time: its pages are given back when the next one is opened.
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            try:
+                self._open = (path, safe_open(path, framework="pt", device="cpu"))
+            except FileNotFoundError:
+                raise MissingFileError(f"'{path}' does not exist") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"'{path}' is truncated or corrupt: {error}") from None
+        return self._open[1]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
+        """Shape of every tensor by name; ``None`` for those that are quantised."""
+        return self._shapes
+
+    def read(self, name: str) -> torch.Tensor | NF4Weight:
+        """One tensor; a view of the file unless it is quantised."""
+        if self._shapes[name] is not None:
+            return self._tensor(name)
+        # Copied out of the mapped file, or each would keep the whole file mapped.
+        tensors = {key: self._tensor(key).clone() for key in state_keys(name, self._files)}
+        return from_state_dict(name, tensors)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        path = self._files[name]
+        try:
+            return self._handle(path).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"'{path}' is truncated or corrupt: {error}") from None
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in an order that reads each once."""
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"'{folder / INDEX}' has no weight_map")
+        return [folder / name for name in sorted(set(shards.values()))]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    others = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.gguf"))]
+    hint = f"; it has {', '.join(sorted(others)[:3])}, which must be converted" if others else ""
+    if others and others[0].endswith(".gguf"):
+        hint = f"; it has {others[0]}: name that file, or give it as gguf_file"
+    raise MissingFileError(f"'{folder}' holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+class ModuleSource:
+    """A transformers model in memory, float or quantised by bitsandbytes.
+
+    Args:
+        model: A ``...ForCausalLM``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.where = f"the given {type(model).__name__}"
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.prequantized = any(
+            hasattr(parameter, "quant_state") for parameter in self._parameters.values()
+        )
+        for name, parameter in self._parameters.items():
+            if type(parameter).__name__ == "Int8Params":
+                raise UnsupportedModelError(
+                    f"'{name}' is quantised to 8 bits by bitsandbytes; only its nf4 can be used"
+                )
+
+    def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
+        """Shape of every tensor by name; ``None`` for those that are quantised."""
+        return {
+            name: None if getattr(parameter, "quant_state", None) is not None else parameter.shape
+            for name, parameter in self._parameters.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor | NF4Weight:
+        """One tensor of the model; quantised ones are copied."""
+        parameter = self._parameters[name]
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            return parameter.detach().cpu()
+        weight = NF4Weight.from_bitsandbytes(parameter.detach(), state).to("cpu")
+        return replace(weight, **{key: value.clone() for key, value in weight.tensors().items()})

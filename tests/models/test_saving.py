@@ -1,0 +1,213 @@
+"""Saved backbones, and those of transformers with bitsandbytes: the same bits in both directions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from ladder_kernels.errors import OutputExistsError, UnsupportedModelError
+from ladder_kernels.models.loading import backbone_from_transformers, load_backbone
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nn.linear import FrozenLinear
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ladder_kernels.models.hooked_backbone.SlowerBackboneWarning"
+)
+FAMILIES = ("llama", "qwen2", "smollm3", "gpt2", "gemma2", "phi")
+
+
+def ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, length))
+
+
+def bits(backbone: Any) -> dict[str, torch.Tensor]:
+    out = {}
+    for name, weight in backbone.named_weights():
+        if isinstance(weight, NF4Weight):
+            out |= {f"{name}/{key}": tensor for key, tensor in weight.tensors().items()}
+        else:
+            out[name] = weight
+    return out
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    left, right = bits(a), bits(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+def theirs_nf4(folder: Path, *, storage: torch.dtype = torch.uint8, **more: Any) -> Any:
+    """A float folder, quantised by transformers with bitsandbytes."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=storage,
+        **more,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    ).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_theirs_loads_here(
+    family: str, storage: torch.dtype, tmp_path: Path, make: Any, logits: Any, error: Any
+):
+    make(family).save_pretrained(tmp_path / "float")
+    model = theirs_nf4(tmp_path / "float", storage=storage)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_backbone(tmp_path / "theirs")
+    assert_same_bits(loaded, load_backbone(tmp_path / "float"))
+    assert_same_bits(loaded, backbone_from_transformers(model))
+    assert loaded.fingerprint == load_backbone(tmp_path / "float").fingerprint
+    assert loaded.fingerprint == backbone_from_transformers(model).fingerprint
+    tokens = ids(2, 13)
+    with torch.no_grad():
+        wanted = model(tokens, use_cache=False).logits
+    assert error(logits(loaded, tokens), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantize_head", [False, True])
+def test_ours_loads_there(
+    family: str, quantize_head: bool, tmp_path: Path, make: Any, logits: Any, error: Any
+):
+    backbone = backbone_from_transformers(make(family), quantize_head=quantize_head)
+    backbone.save_pretrained(tmp_path / "ours")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", device_map="cpu", dtype=torch.float32
+    ).eval()
+    assert_same_bits(backbone_from_transformers(model), backbone)
+    tokens = ids(2, 13)
+    with torch.no_grad():
+        wanted = model(tokens, use_cache=False).logits
+    assert error(logits(backbone, tokens), wanted) < 1e-5
+
+    again = load_backbone(tmp_path / "ours")
+    assert_same_bits(again, backbone)
+    assert again.fingerprint == backbone.fingerprint
+    assert isinstance(again.head, NF4Weight) == quantize_head
+    assert torch.equal(logits(again, tokens), logits(backbone, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_in_half_precision(
+    dtype: torch.dtype, tmp_path: Path, make: Any, logits: Any, error: Any
+):
+    backbone = backbone_from_transformers(make("llama"), dtype=dtype)
+    backbone.save_pretrained(tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu").eval()
+    assert model.dtype == dtype
+    exact = load_backbone(tmp_path / "ours", dtype=torch.float32)
+    tokens = ids(2, 13)
+    wanted = logits(exact, tokens)
+    with torch.no_grad():
+        theirs = error(model(tokens, use_cache=False).logits.float(), wanted)
+    assert error(logits(backbone, tokens).float(), wanted) <= 2 * theirs + 1e-5
+    assert_same_bits(load_backbone(tmp_path / "ours", dtype=dtype), backbone)
+
+
+@pytest.mark.parametrize(("blocksize", "double_quant"), [(32, False), (128, True)])
+def test_other_settings_load_there(
+    blocksize: int, double_quant: bool, tmp_path: Path, make: Any, logits: Any, error: Any
+):
+    backbone = backbone_from_transformers(
+        make("llama"), blocksize=blocksize, double_quant=double_quant
+    )
+    backbone.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
+    tokens = ids(2, 13)
+    with torch.no_grad():
+        assert error(logits(backbone, tokens), model(tokens, use_cache=False).logits) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_that_a_checkpoint_left_in_float_stay_so(
+    family: str, tmp_path: Path, make: Any, logits: Any, error: Any
+):
+    make(family).save_pretrained(tmp_path / "float")
+    skipped = {
+        "llama": ["lm_head", "model.layers.0.mlp.gate_proj", "model.layers.2.self_attn.o_proj"],
+        "gpt2": ["lm_head", "transformer.h.0.mlp.c_fc"],
+    }[family]
+    model = theirs_nf4(tmp_path / "float", llm_int8_skip_modules=skipped)
+    model.save_pretrained(tmp_path / "theirs")
+    backbone = load_backbone(tmp_path / "theirs")
+    assert sum(isinstance(module, FrozenLinear) for module in backbone.modules()) == (
+        len(skipped) - 1
+    )
+    assert sorted(backbone.float_linears()) == sorted(skipped)
+    tokens = ids(2, 13)
+    with torch.no_grad():
+        wanted = model(tokens, use_cache=False).logits
+    assert error(logits(backbone, tokens), wanted) < 1e-5
+    backbone.save_pretrained(tmp_path / "ours")
+    assert_same_bits(load_backbone(tmp_path / "ours"), backbone)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
+    with torch.no_grad():
+        assert error(again(tokens, use_cache=False).logits, wanted) < 1e-5
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path, make: Any):
+    backbone_from_transformers(make("smollm3")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "model.embed_tokens.weight" in tensors
+    assert "lm_head.weight" not in tensors
+
+
+def test_fp4_and_int8_in_memory(tmp_path: Path, make: Any):
+    make("llama").save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map="cpu"
+    )
+    with pytest.raises(ValueError, match="fp4"):
+        backbone_from_transformers(model)
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=eight, device_map="cpu"
+    )
+    with pytest.raises(UnsupportedModelError, match="8 bits"):
+        backbone_from_transformers(model)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, make: Any):
+    backbone = backbone_from_transformers(make("llama"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="not an empty folder"):
+        backbone.save_pretrained(tmp_path / "taken")
+    with pytest.raises(OutputExistsError):
+        backbone.save_pretrained(tmp_path / "taken" / "notes.txt")
+    assert [p.name for p in tmp_path.rglob("*")] == ["taken", "notes.txt"]
+    assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    backbone.save_pretrained(tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").exists()
+    backbone.save_pretrained(tmp_path / "not" / "yet" / "there")
+    assert (tmp_path / "not" / "yet" / "there" / "model.safetensors").exists()
+
+
+def test_a_save_that_fails_leaves_nothing(
+    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+):
+    backbone = backbone_from_transformers(make("llama"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("ladder_kernels.models.saving.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        backbone.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,176 @@
+"""The layout of a batch, and attention over it, against masks written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.masking_utils import find_packed_sequence_indices
+
+from ladder_kernels.errors import ConfigError
+from ladder_kernels.nn.attention import SequenceLayout, attend
+
+
+def seen(layout: SequenceLayout, window: int | None = None) -> torch.Tensor:
+    """The mask as bool [B, S, T], also where the layout leaves it to plain causal attention."""
+    mask = layout.mask(window)
+    if mask is None:
+        rows = torch.arange(layout.past_length, layout.total)[:, None]
+        mask = (torch.arange(layout.total) <= rows)[None, None]
+    return mask.expand(layout.batch, 1, -1, -1)[:, 0]
+
+
+def expected(
+    length: int,
+    past: int,
+    padding: list[int] | None = None,
+    documents: list[int] | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    total = past + length
+    out = torch.zeros(length, total, dtype=torch.bool)
+    for row in range(length):
+        at = row + past
+        for column in range(at + 1):
+            ok = window is None or at - column < window
+            if padding is not None and not padding[column]:
+                ok = False
+            if documents is not None and documents[at] != documents[column]:
+                ok = False
+            out[row, column] = ok or column == at
+    return out
+
+
+def test_plain_causal_needs_no_mask():
+    assert SequenceLayout.build(2, 5).mask() is None
+    assert SequenceLayout.build(2, 1, past_length=7).mask() is None
+    assert SequenceLayout.build(2, 5).mask(window=5) is None
+    assert SequenceLayout.build(1, 5, attention_mask=torch.ones(1, 5)).mask() is None
+    assert SequenceLayout.build(1, 5, position_ids=torch.arange(5)).mask() is None
+
+
+def test_positions_count_real_tokens():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert SequenceLayout.build(2, 4, attention_mask=mask).position_ids.tolist() == [
+        [0, 0, 0, 1],
+        [0, 1, 2, 2],
+    ]
+    later = SequenceLayout.build(
+        2, 2, past_length=2, attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    )
+    assert later.position_ids.tolist() == [[1, 2], [2, 3]]
+    assert SequenceLayout.build(2, 2, past_length=3).position_ids.tolist() == [[3, 4], [3, 4]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_mask_against_loops(data: st.DataObject):
+    length = data.draw(st.integers(1, 7))
+    past = data.draw(st.integers(0, 5))
+    window = data.draw(st.none() | st.integers(1, 12))
+    left = data.draw(st.integers(0, past + length - 1))
+    padding = data.draw(
+        st.sampled_from([None, [0] * left + [1] * (past + length - left)])
+    )
+    layout = SequenceLayout.build(
+        1,
+        length,
+        past_length=past,
+        attention_mask=None if padding is None else torch.tensor([padding]),
+    )
+    wanted = expected(length, past, padding, window=window)
+    assert torch.equal(seen(layout, window)[0], wanted)
+    assert wanted.any(-1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.none() | st.integers(1, 5))
+def test_packed_documents(lengths: list[int], window: int | None):
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    numbers = [number for number, n in enumerate(lengths) for _ in range(n)]
+    layout = SequenceLayout.build(1, sum(lengths), position_ids=positions)
+    assert torch.equal(
+        seen(layout, window)[0], expected(sum(lengths), 0, documents=numbers, window=window)
+    )
+    theirs = find_packed_sequence_indices(positions)
+    assert (theirs is None) == (layout.documents is None)
+    if theirs is not None and layout.documents is not None:
+        assert torch.equal(theirs, layout.documents)
+
+
+def test_packed_documents_with_padding_at_either_end():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 2]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
+    layout = SequenceLayout.build(2, 7, attention_mask=mask, position_ids=positions)
+    for row, numbers in enumerate([[0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1, 1]]):
+        wanted = expected(7, 0, mask[row].tolist(), numbers)
+        real = mask[row].bool()
+        assert torch.equal(seen(layout)[row][real], wanted[real])
+        assert seen(layout)[row].any(-1).all()
+
+
+def test_padding_alone_starts_no_document():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    layout = SequenceLayout.build(2, 5, attention_mask=mask, position_ids=positions)
+    assert layout.documents is None
+
+
+def test_masks_are_built_once():
+    layout = SequenceLayout.build(1, 9)
+    assert layout.mask(3) is layout.mask(3)
+    assert layout.mask(3) is not layout.mask(4)
+
+
+def test_moves_with_the_model():
+    mask, positions = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1, 0]])
+    layout = SequenceLayout.build(1, 4, attention_mask=mask, position_ids=positions)
+    assert layout.to("cpu") is layout
+    moved = layout.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.padding is not None
+    assert moved.documents is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask has shape \[2, 4\]"),
+        ({"attention_mask": torch.ones(2, 5), "past_length": 1}, "need"),
+        ({"position_ids": torch.arange(4)}, "position_ids has shape"),
+        ({"position_ids": torch.zeros(3, 5)}, "3 rows for a batch of 2"),
+        ({"position_ids": torch.zeros(1, 1, 5)}, "position_ids has shape"),
+    ],
+)
+def test_shapes_that_do_not_fit(arguments: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        SequenceLayout.build(2, 5, **arguments)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("past", [0, 4])
+def test_attend_against_plain_softmax(window: int | None, kv_heads: int, past: int):
+    length, total = 5, 5 + past
+    mask = torch.ones(2, total)
+    mask[0, :2] = 0
+    layout = SequenceLayout.build(2, length, past_length=past, attention_mask=mask)
+    q = torch.randn(2, 4, length, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, kv_heads, total, 8, dtype=torch.float64)
+    out = attend(q, k, v, layout, window=window, scale=0.3)
+    keys, values = (t.repeat_interleave(4 // kv_heads, dim=1) for t in (k, v))
+    scores = 0.3 * q @ keys.transpose(-1, -2)
+    scores = scores.masked_fill(~seen(layout, window)[:, None], float("-inf"))
+    wanted = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out, wanted)
+
+
+def test_attend_with_fewer_keys_than_the_layout():
+    """A sliding cache drops keys that no row sees any more."""
+    layout = SequenceLayout.build(1, 2, past_length=6)
+    q = torch.randn(1, 2, 2, 8)
+    k, v = torch.randn(2, 1, 2, 8, 8)
+    whole = attend(q, k, v, layout, window=4)
+    torch.testing.assert_close(attend(q, k[:, :, 3:], v[:, :, 3:], layout, window=4), whole)
