@@ -1,0 +1,1 @@
+"""Data, evaluation and the glue to ``transformers.Trainer``."""
