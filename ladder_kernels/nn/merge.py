@@ -91,7 +91,7 @@ class GateMerge(Merge):
 
 
 class ChannelMerge(GateMerge):
-    """As :class:`GateMerge`, one ``alpha`` a channel (QST, arXiv:2401.07004): ``g`` is ``[d]``."""
+    """As :class:`GateMerge`, one ``alpha`` a channel (QST, arXiv:2401.07159): ``g`` is ``[d]``."""
 
     mode = "channel"
 

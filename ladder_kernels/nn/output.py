@@ -80,7 +80,7 @@ class ResidualOutput(Output):
 
 
 class InterpolateOutput(Output):
-    """``y = (1 - b) * Up(n(s)) + b * h`` with one learned ``b`` a channel (QST, arXiv:2401.07004).
+    """``y = (1 - b) * Up(n(s)) + b * h`` with one learned ``b`` a channel (QST, arXiv:2401.07159).
 
     ``b`` starts at 1, so that training starts at the base model.
     """

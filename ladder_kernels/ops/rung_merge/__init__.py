@@ -34,7 +34,7 @@ def rung_merge(
     - mode "sum": ``side + z``;
     - mode "gate": ``gate * side + (1 - gate) * z`` with one gate for the rung (Ladder Side Tuning,
       arXiv:2206.06522);
-    - mode "channel": the same with one gate a channel (QST, arXiv:2401.07004).
+    - mode "channel": the same with one gate a channel (QST, arXiv:2401.07159).
 
     Everything inside is float32 (float64 for float64 inputs), rounded once. Differentiable (once)
     in ``side``, ``downs`` and ``gate``. Taps are constants: no gradient ever reaches them, and
