@@ -89,6 +89,7 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
         stop = min(start + size, full)
         values = flat[start:stop].float().view(-1, blocksize)
         largest = values.abs().amax(dim=1)
+        _check_finite(largest, weight, name)
         absmax[start // blocksize : stop // blocksize] = largest
         inverse = 1.0 / largest.clamp(min=_SMALLEST_DIVISOR)
         index = search((values * inverse.view(-1, 1)).view(-1))
@@ -98,13 +99,11 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
         # bitsandbytes does so, and the last bit decides between centroids.
         values = flat[full:].float()
         largest = values.abs().amax().clamp(min=_SMALLEST_DIVISOR)
+        _check_finite(largest, weight, name)
         absmax[-1] = largest
         values = values / largest
         index = search(torch.nn.functional.pad(values, (0, numel % 2)))
         _pack(index, packed[full // 2 :])
-
-    if has_values(absmax) and not bool(torch.isfinite(absmax).all()):
-        raise _non_finite(weight, flat, size, name)
     return packed, absmax
 
 
@@ -175,8 +174,18 @@ def _pack(index: Tensor, out: Tensor) -> None:
     torch.add(index[1::2], index[::2], alpha=16, out=out)
 
 
-def _non_finite(weight: Tensor, flat: Tensor, size: int, name: str) -> NonFiniteError:
+def _check_finite(largest: Tensor, weight: Tensor, name: str) -> None:
+    """Refuse a weight if one of these largest magnitudes is NaN or infinite.
+
+    Asked before a centroid is looked up: NaN has no place in the search's table.
+    """
+    if has_values(largest) and not bool(torch.isfinite(largest).all()):
+        raise _non_finite(weight, name)
+
+
+def _non_finite(weight: Tensor, name: str) -> NonFiniteError:
     """Count the values that are not finite, name the first, build the error."""
+    flat, size = weight.reshape(-1), _CPU_PIECE
     nans, infinities, first = 0, 0, -1
     for start in range(0, flat.numel(), size):
         piece = flat[start : start + size]
