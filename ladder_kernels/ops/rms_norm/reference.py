@@ -23,7 +23,8 @@ __all__ = ["add_rms_norm", "normalize", "rms_norm", "rms_norm_backward"]
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Return ``x / rms(x)`` of ``[..., D]``, computed in ``dtype``; a new tensor."""
-    wide = x.to(dtype)
+    # Contiguous, or the order of the sum, and so its last bits, would depend on the strides.
+    wide = x.contiguous().to(dtype)
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide.mul_(scale) if wide is not x else wide * scale
 
@@ -31,7 +32,7 @@ def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Return the normalised ``x``, ``[..., D]`` in x's dtype, always a new contiguous tensor."""
     y = normalize(x, eps, accumulation_dtype(x.dtype))
-    y = y.to(x.dtype).contiguous()
+    y = y.to(x.dtype)
     return y if weight is None else y.mul_(weight)
 
 
@@ -48,10 +49,10 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return ``(dx, dweight)``; ``dweight`` is empty unless ``need_weight``."""
     wide_dtype = accumulation_dtype(x.dtype)
-    wide = x.to(wide_dtype)
+    wide = x.contiguous().to(wide_dtype)
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normalized = wide * scale
-    along = grad.to(wide_dtype)
+    along = grad.contiguous().to(wide_dtype)
     dweight = x.new_empty(0)
     if need_weight:
         dweight = flatten_rows(along * normalized).sum(0).to(x.dtype)
@@ -59,4 +60,4 @@ def rms_norm_backward(
         along = along * weight.to(wide_dtype)
     shared = (along * normalized).mean(-1, keepdim=True)
     dx = normalized.mul_(-shared).add_(along).mul_(scale)
-    return dx.to(x.dtype).contiguous(), dweight
+    return dx.to(x.dtype), dweight
