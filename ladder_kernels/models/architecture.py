@@ -40,9 +40,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"
-    ),
+    "llama": Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": Family(window="all"),
     "ministral": Family(window="layer_types"),
     "qwen2": Family(qkv_bias=True, window="layer_types"),
@@ -125,8 +123,9 @@ class Architecture:
             for layer, kind in enumerate(config.layer_types[:layers]):
                 if kind not in ("full_attention", "sliding_attention"):
                     raise UnsupportedModelError(
-                        f"layer {layer} of this {config.model_type} has attention of type '{kind}'; "
-                        f"allowed are full_attention and sliding_attention"
+                        f"layer {layer} of this {config.model_type} has attention of type "
+                        f"'{kind}'; "
+                        "allowed are full_attention and sliding_attention"
                     )
                 if kind == "sliding_attention":
                     windows[layer] = config.sliding_window

@@ -74,7 +74,12 @@ class Backbone(nn.Module):
     head_bias: torch.Tensor | None
 
     def __init__(
-        self, config: Any, *, quantization: Quantization, fingerprint: str = "", name_or_path: str = ""
+        self,
+        config: Any,
+        *,
+        quantization: Quantization,
+        fingerprint: str = "",
+        name_or_path: str = "",
     ) -> None:
         super().__init__()
         self.config = config
@@ -116,6 +121,10 @@ class Backbone(nn.Module):
     @abstractmethod
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
         """Every weight once, by its name in a transformers checkpoint; linear ones ``[N, K]``."""
+
+    def stored_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
+        """As :meth:`named_weights`, each in the orientation that a checkpoint has it in."""
+        return self.named_weights()
 
     @abstractmethod
     def float_linears(self) -> list[str]:

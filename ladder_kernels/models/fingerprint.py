@@ -46,7 +46,7 @@ def digest_nf4(weight: NF4Weight) -> bytes:
 
 
 def combine(digests: Mapping[str, bytes], fields: Mapping[str, Any]) -> str:
-    """sha256 (hex) over all tensors, by name, and the configuration fields that change the function.
+    """sha256 (hex) over all tensors, by name, and the fields that change the function.
 
     Args:
         digests: Of each tensor, by its name in a transformers checkpoint.

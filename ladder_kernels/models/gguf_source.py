@@ -74,6 +74,12 @@ class GGUFSource:
         head_dim = self._field(f"{self.architecture}.attention.key_length")
         if head_dim is not None and hasattr(config, "head_dim"):
             config.head_dim = int(head_dim)
+        if self.architecture == "gemma2":
+            # Not in the metadata: llama.cpp derives it, and knows the 27B model by its layers.
+            wide = config.num_hidden_layers == 46
+            config.query_pre_attn_scalar = (
+                config.hidden_size // config.num_attention_heads if wide else config.head_dim
+            )
         scaling = self._rope_scaling(config)
         if scaling:
             config.rope_parameters = {**config.rope_parameters, **scaling}
@@ -86,7 +92,9 @@ class GGUFSource:
         factors = {
             kind: self._float(f"rope_{name}.weight").tolist()
             for kind, name in (
-                ("all", "freqs"), ("long", "factors_long"), ("short", "factors_short")
+                ("all", "freqs"),
+                ("long", "factors_long"),
+                ("short", "factors_short"),
             )
             if f"rope_{name}.weight" in self._tensors
         }
@@ -127,7 +135,7 @@ class GGUFSource:
             ) from None
 
     def _map(self) -> dict[str, str]:
-        """transformers' name -> the name in the file."""
+        """For each name in transformers, the name in the file."""
         if not self._names:
             config = copy.deepcopy(self.config)
             with init_empty_weights():

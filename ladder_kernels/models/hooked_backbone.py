@@ -1,7 +1,8 @@
 """Frozen backbones that run through transformers' own layers, with hooks for the taps.
 
-Slower than our own (separate operations, no fused MLP), with the same results. Which part of a model
-is which is data: :data:`HOOKED` names the list of blocks and the final norm of each model type.
+Slower than our own (separate operations, no fused MLP), with the same results. Which part of a
+model is which is data: :data:`HOOKED` names the list of blocks and the final norm of each model
+type.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from ladder_kernels.nn.linear import FrozenLinear, NF4Linear, move_exactly
 __all__ = ["HOOKED", "HookedBackbone", "HookedFamily", "SlowerBackboneWarning"]
 
 # Configuration fields that do not change what the weights compute.
-_COSMETIC = frozenset(
-    "_name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id dtype embd_pdrop "
-    "eos_token_id hidden_dropout initializer_range layerdrop dropout pad_token_id "
-    "quantization_config resid_pdrop summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj tie_word_embeddings torch_dtype "
-    "transformers_version use_cache".split()
-)
+_COSMETIC = frozenset((
+    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
+    "bos_token_id", "dropout", "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout",
+    "initializer_range", "layerdrop", "pad_token_id", "quantization_config", "resid_pdrop",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+))  # fmt: skip
 
 
 class SlowerBackboneWarning(UserWarning):
-    """The model runs through transformers' own layers, because there is no faster way for it here."""
+    """The model runs through transformers' own layers: there is no faster way for it here."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class HookedBackbone(Backbone):
     Args:
         config: Its transformers configuration.
         source: Where the weights come from.
-        quantization: How they are quantised: the linear layers inside blocks, and the head if asked.
+        quantization: How they are quantised: linear layers inside blocks, and the head if asked.
         dtype: Compute dtype.
         device: Where the weights shall be.
         name_or_path: Where the base came from, as the user gave it.
@@ -159,6 +160,7 @@ class HookedBackbone(Backbone):
             aliases=family.aliases,
             tied=(head_key,) if tied else (),
         )
+        self.transposed: set[str] = set()
         self._fill(reader, family.layers)
         weight = reader.head(
             head_key,
@@ -185,8 +187,8 @@ class HookedBackbone(Backbone):
         self._part(family.norm)
         if self.embedding.shape[1] != self.hidden_size:
             raise UnsupportedModelError(
-                f"this '{config.model_type}' has embeddings of width {self.embedding.shape[1]} on a "
-                f"residual stream of width {self.hidden_size}; they must be equal"
+                f"this '{config.model_type}' has embeddings of width {self.embedding.shape[1]} on "
+                f"a residual stream of width {self.hidden_size}; they must be equal"
             )
         layers = self._part(family.layers)
         self._emit: Callable[[int, torch.Tensor], None] | None = None
@@ -209,12 +211,13 @@ class HookedBackbone(Backbone):
         for path, module in list(self.decoder.named_modules()):
             full = f"{self.prefix}.{path}"
             if isinstance(module, (nn.Linear, Conv1D)) and path.startswith(f"{layers}."):
-                linear = reader.linear(
-                    full, bias=module.bias is not None, transposed=isinstance(module, Conv1D)
-                )
+                transposed = isinstance(module, Conv1D)
+                linear = reader.linear(full, bias=module.bias is not None, transposed=transposed)
                 self.decoder.set_submodule(path, linear)
+                if transposed:
+                    self.transposed.add(f"{full}.weight")
                 continue
-            for name, parameter in list(module.named_parameters(recurse=False)):
+            for name, _ in list(module.named_parameters(recurse=False)):
                 weight = reader.tensor(f"{full}.{name}" if path else f"{self.prefix}.{name}")
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
@@ -264,8 +267,8 @@ class HookedBackbone(Backbone):
                     f"'{self.config.model_type}'"
                 )
             if mask is not None:
-                # transformers finds documents in the positions only when there is no mask. At position
-                # 0 each, padded tokens are documents of their own, which says the same as a mask.
+                # transformers finds documents in the positions only when there is no mask. At
+                # position 0 each, padded tokens are documents of their own: the same as a mask.
                 positions, mask = positions.masked_fill(~mask, 0), None
         self._emit = emit
         try:
@@ -299,6 +302,12 @@ class HookedBackbone(Backbone):
             yield f"{self.head_name}.weight", head
         if self.head_bias is not None:
             yield f"{self.head_name}.bias", self.head_bias
+
+    def stored_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
+        """As :meth:`named_weights`, but float weights of a ``Conv1D`` are ``[K, N]``."""
+        for name, weight in self.named_weights():
+            turned = name in self.transposed and isinstance(weight, torch.Tensor)
+            yield name, weight.t() if turned else weight
 
     def float_linears(self) -> list[str]:
         """Linear layers that are not quantised, by module name in transformers."""

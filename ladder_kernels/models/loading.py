@@ -69,13 +69,13 @@ def load_backbone(
     Raises:
         MissingFileError: If a file or folder does not exist, or the hub has or gives no such model.
         CheckpointError: If a file is truncated, corrupt, or lacks tensors.
-        UnsupportedModelError: If the architecture or the checkpoint's quantisation is not supported.
+        UnsupportedModelError: If the architecture or the quantisation is not supported.
         NonFiniteError: If a weight holds NaN or infinity.
     """
     place = torch.device(device or "cpu")
     settings = Quantization(blocksize, double_quant, quantize_head)
     path = _resolve(str(name_or_path), gguf_file)
-    if path.is_file():
+    if gguf_file is not None or path.is_file():
         gguf_source = GGUFSource(path)
         config, source = gguf_source.config, gguf_source
     else:
@@ -139,9 +139,7 @@ def _build(
         device=device,
         tied=("lm_head.weight",) if tied else (),
     )
-    return NativeBackbone(
-        config, architecture, reader, quantization=settings, name_or_path=name
-    )
+    return NativeBackbone(config, architecture, reader, quantization=settings, name_or_path=name)
 
 
 def _check_model_type(model_type: str, config: dict[str, Any]) -> None:
@@ -165,8 +163,8 @@ def _check_model_type(model_type: str, config: dict[str, Any]) -> None:
     else:
         reason = "is not supported"
     raise UnsupportedModelError(
-        f"'{model_type}' {reason}; a ladder needs one of {', '.join(SUPPORTED_NATIVE)}, or, slower, "
-        f"{', '.join(SUPPORTED_HOOKED)}"
+        f"'{model_type}' {reason}; a ladder needs one of {', '.join(SUPPORTED_NATIVE)}, or, "
+        f"slower, {', '.join(SUPPORTED_HOOKED)}"
     )
 
 
@@ -198,7 +196,8 @@ def _check_quantization(where: str, config: dict[str, Any]) -> None:
         else:
             return
     raise UnsupportedModelError(
-        f"{where}: the checkpoint is {found}; allowed are float safetensors, bitsandbytes nf4 and GGUF"
+        f"{where}: the checkpoint is {found}; allowed are float safetensors, bitsandbytes nf4 and "
+        "GGUF"
     )
 
 

@@ -102,7 +102,7 @@ class NativeBlock(nn.Module):
 
 
 class NativeBackbone(Backbone):
-    """A frozen model of the llama family (see :data:`~ladder_kernels.models.architecture.FAMILIES`).
+    """A frozen model of one of :data:`~ladder_kernels.models.architecture.FAMILIES`.
 
     Args:
         config: Its transformers configuration.
@@ -130,7 +130,7 @@ class NativeBackbone(Backbone):
         self.architecture = architecture
         self.rotary = Rotary(config, architecture.head_dim)
         tied = bool(config.tie_word_embeddings)
-        # Read first: a head that shares the embedding is quantised from it before its dtype changes.
+        # Read first: a head that shares the embedding is quantised from it as it is stored.
         head = reader.head(
             "lm_head.weight",
             shared_with="model.embed_tokens.weight" if tied else None,

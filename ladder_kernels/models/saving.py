@@ -28,8 +28,8 @@ __all__ = ["new_folder", "save_backbone"]
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all.
 
-    Yields a folder beside the wanted one, which takes its place when the block ends without an error
-    and is removed otherwise.
+    Yields a folder beside the wanted one, which takes its place when the block ends without an
+    error and is removed otherwise.
 
     Args:
         folder: To be made; an empty folder may exist.
@@ -65,7 +65,7 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     double_quant = backbone.quantization.double_quant
-    for name, weight in backbone.named_weights():
+    for name, weight in backbone.stored_weights():
         if isinstance(weight, NF4Weight):
             tensors |= to_state_dict(name, weight)
             double_quant = weight.double_quant

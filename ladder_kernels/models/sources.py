@@ -36,7 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is not valid json: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' must hold a json object, it holds a {type(content).__name__}")
+        raise CheckpointError(
+            f"'{path}' must hold a json object, it holds a {type(content).__name__}"
+        )
     return content
 
 
@@ -115,7 +117,9 @@ def _model_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(shards.values()))]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    others = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.gguf"))]
+    others = [
+        p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.gguf"))
+    ]
     hint = f"; it has {', '.join(sorted(others)[:3])}, which must be converted" if others else ""
     if others and others[0].endswith(".gguf"):
         hint = f"; it has {others[0]}: name that file, or give it as gguf_file"

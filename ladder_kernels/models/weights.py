@@ -56,7 +56,7 @@ class WeightReader:
         quantization: How to quantise.
         dtype: Compute dtype, for everything that stays float.
         device: Where the weights shall be.
-        base_prefix: The part of the names that a checkpoint of the bare model leaves out (``model``).
+        base_prefix: What a checkpoint of the bare model leaves out of the names (``model``).
         aliases: Beginnings of names that differ: (in ``shapes``, in the source).
         tied: Names that the source may hold but that are the same tensor as another.
 
@@ -86,7 +86,9 @@ class WeightReader:
         for name in shapes:
             candidates = [name, name.removeprefix(base_prefix + ".")]
             candidates += [
-                theirs + name.removeprefix(ours) for ours, theirs in aliases if name.startswith(ours)
+                theirs + name.removeprefix(ours)
+                for ours, theirs in aliases
+                if name.startswith(ours)
             ]
             self._names[name] = next((other for other in candidates if other in found), name)
         missing = [name for name in shapes if self._names[name] not in found]

@@ -31,8 +31,8 @@ class Rotary(nn.Module):
         head_dim: Size of a head; all of it is rotated.
 
     Raises:
-        UnsupportedModelError: If the kind of scaling is not one of :data:`ROPE_TYPES`, or rotates only
-            a part of each head.
+        UnsupportedModelError: If the kind of scaling is not one of :data:`ROPE_TYPES`, or rotates
+            only a part of each head.
     """
 
     inv_freq: torch.Tensor
@@ -43,7 +43,8 @@ class Rotary(nn.Module):
         self.rope_type: str = parameters["rope_type"]
         if self.rope_type not in ROPE_TYPES:
             raise UnsupportedModelError(
-                f"rope type '{self.rope_type}' is not supported; allowed are {', '.join(ROPE_TYPES)}"
+                f"rope type '{self.rope_type}' is not supported; allowed are "
+                f"{', '.join(ROPE_TYPES)}"
             )
         self.config = config
         self.original_length: int = parameters.get(
@@ -56,8 +57,8 @@ class Rotary(nn.Module):
             inv_freq, scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config)
         if inv_freq.numel() != head_dim // 2:
             raise UnsupportedModelError(
-                f"rope over a part of each head is not supported: it rotates {2 * inv_freq.numel()} of "
-                f"{head_dim} dimensions"
+                "rope over a part of each head is not supported: it rotates "
+                f"{2 * inv_freq.numel()} of {head_dim} dimensions"
             )
         self.attention_scaling = float(scaling)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -101,7 +102,7 @@ class Rotary(nn.Module):
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads in place, dimension ``i`` with ``i + head_dim / 2``, rounding as transformers does.
+    """Rotate heads in place, channel ``i`` with ``i + head_dim / 2``, rounding as transformers.
 
     Args:
         x: ``[B, S, H, head_dim]``, overwritten.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -131,6 +132,18 @@ def make_model(model_type: str, **overrides: Any) -> Any:
     return model
 
 
+def without_repacking(model: Any) -> Any:
+    """Keep a model's bitsandbytes layers on their exact path, on every CPU.
+
+    On one with AVX512-BF16, the first forward of an evaluation repacks them, rounds their scales to
+    bf16, and fails where a row is no whole number of blocks.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def copy_weights(backbone: Any, model: Any) -> Any:
     """Give a transformers model the dequantised weights of a backbone."""
     with torch.no_grad():
@@ -181,6 +194,11 @@ def make() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def give_weights() -> Callable[..., Any]:
     return copy_weights
+
+
+@pytest.fixture(scope="session")
+def exact() -> Callable[[Any], Any]:
+    return without_repacking
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def ids(batch: int, length: int) -> torch.Tensor:
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp rotates neighbours, transformers halves: its converter reorders queries and keys."""
+    """llama.cpp rotates neighbours, transformers halves: its converter reorders q and k."""
     rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
@@ -111,6 +111,17 @@ SMALL = {"attention_bias": False, "mlp_bias": False}
             "gemma2",
             {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         ),
+        (
+            "gemma2",
+            "gemma2",
+            {
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+                "num_hidden_layers": 46,
+                "hidden_size": 96,
+                "query_pre_attn_scalar": 24,
+            },
+        ),
     ],
 )
 def test_float_file(
@@ -163,7 +174,7 @@ def test_quantised_file(kind: str, tmp_path: Path, make: Any):
         assert torch.equal(a, b), name
 
 
-def test_frequency_factors(tmp_path: Path, make: Any, logits: Any, error: Any):
+def test_frequency_factors(tmp_path: Path, make: Any, exact: Any, logits: Any, error: Any):
     """llama 3 files hold divisors of the rotary frequencies in a tensor."""
     scaling = {
         "rope_type": "llama3",
@@ -173,12 +184,10 @@ def test_frequency_factors(tmp_path: Path, make: Any, logits: Any, error: Any):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     }
-    model = make("llama", **SMALL, rope_parameters=scaling)
+    model = make("llama", **SMALL, rope_parameters=scaling, intermediate_size=128)
     plain = 1.0 / 1000.0 ** (torch.arange(0, 16, 2) / 16)
     factors = (plain / model.model.rotary_emb.inv_freq).numpy()
-    path = write(
-        tmp_path / "tiny.gguf", model, "llama", extra={"rope_freqs.weight": factors}
-    )
+    path = write(tmp_path / "tiny.gguf", model, "llama", extra={"rope_freqs.weight": factors})
     backbone = load_backbone(path)
     tokens = ids(2, 40)
     wanted = logits(backbone_from_transformers(model), tokens)
@@ -187,6 +196,7 @@ def test_frequency_factors(tmp_path: Path, make: Any, logits: Any, error: Any):
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved", device_map="cpu", dtype=torch.float32
     )
+    exact(again.eval())
     with torch.no_grad():
         assert error(again(tokens, use_cache=False).logits, wanted) < LIMIT
 

@@ -125,9 +125,7 @@ def test_facts(family: str, pair: Any):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi"])
-def test_quantised_head(
-    family: str, make: Any, give_weights: Any, logits: Any, error: Any
-):
+def test_quantised_head(family: str, make: Any, give_weights: Any, logits: Any, error: Any):
     model = make(family)
     backbone = backbone_from_transformers(model, quantize_head=True)
     assert isinstance(backbone.head, NF4Weight)

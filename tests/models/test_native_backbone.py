@@ -86,9 +86,7 @@ def test_cache(family: str, chunks: tuple[int, ...], pair: Any, logits: Any, err
     for size in chunks:
         stop = start + size
         parts.append(
-            logits(
-                backbone, tokens[:, start:stop], attention_mask=mask[:, :stop], cache=cache
-            )
+            logits(backbone, tokens[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
         )
         start = stop
     assert error(torch.cat(parts, dim=1), whole, mask) < LIMIT

@@ -70,9 +70,7 @@ def test_mask_against_loops(data: st.DataObject):
     past = data.draw(st.integers(0, 5))
     window = data.draw(st.none() | st.integers(1, 12))
     left = data.draw(st.integers(0, past + length - 1))
-    padding = data.draw(
-        st.sampled_from([None, [0] * left + [1] * (past + length - left)])
-    )
+    padding = data.draw(st.sampled_from([None, [0] * left + [1] * (past + length - left)]))
     layout = SequenceLayout.build(
         1,
         length,
