@@ -177,8 +177,9 @@ class TrainOptions:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("report_to", self.report_to, REPORTERS)
         for name in (
-            "context", "batch_size", "gradient_accumulation", "logging_steps", "limit", "eval_limit",
-            "max_steps", "eval_batch_size", "eval_steps", "save_steps", "save_total_limit",
+            "context", "batch_size", "gradient_accumulation", "logging_steps", "limit",
+            "eval_limit", "max_steps", "eval_batch_size", "eval_steps", "save_steps",
+            "save_total_limit",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
