@@ -8,7 +8,7 @@ it lies.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.nf4 import NF4Weight
 
 if TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
 __all__ = ["accelerate_4bit"]
 
@@ -44,7 +44,7 @@ def accelerate_4bit(model: ModelT) -> ModelT:
             been changed then.
     """
     try:
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit
     except ImportError as error:
         raise ConfigError(
             "accelerate_4bit needs bitsandbytes, which is not installed (pip install bitsandbytes)"
@@ -95,7 +95,7 @@ class _AcceleratedForward:
             self.set_compute_type(x)
             self.compute_type_is_set = True
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        state: Any = getattr(self.weight, "quant_state", None) or self.quant_state
         weight = NF4Weight.from_bitsandbytes(self.weight.data, state)
         bias = None if self.bias is None else self.bias.to(dtype)
         return ops.nf4_linear(x.to(dtype), weight, bias).to(x.dtype)

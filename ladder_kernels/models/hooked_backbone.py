@@ -122,6 +122,8 @@ class HookedBackbone(Backbone):
 
     runs_on: ClassVar[str] = "transformers"
 
+    float_head: torch.Tensor | None
+
     def __init__(
         self,
         config: Any,
@@ -306,8 +308,10 @@ class HookedBackbone(Backbone):
     def stored_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
         """As :meth:`named_weights`, but float weights of a ``Conv1D`` are ``[K, N]``."""
         for name, weight in self.named_weights():
-            turned = name in self.transposed and isinstance(weight, torch.Tensor)
-            yield name, weight.t() if turned else weight
+            if isinstance(weight, torch.Tensor) and name in self.transposed:
+                yield name, weight.t()
+            else:
+                yield name, weight
 
     def float_linears(self) -> list[str]:
         """Linear layers that are not quantised, by module name in transformers."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         object.__setattr__(self, "_backbone", backbone)
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
         self.tap_dtype = tap_dtype_of(config.tap_dtype)
+        self._ladder_enabled = True
         self.post_init()
 
     # Making one -----------------------------------------------------------------------------------
@@ -335,6 +337,20 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
 
     # Forward --------------------------------------------------------------------------------------
 
+    @contextmanager
+    def disable_ladder(self) -> Iterator[None]:
+        """Within this context the model is its base model: no taps, no side pass.
+
+        Forward, loss and ``generate`` give what the base gives, by bits. Nothing has a gradient
+        then. As PEFT's ``disable_adapter``.
+        """
+        before = self._ladder_enabled
+        self._ladder_enabled = False
+        try:
+            yield
+        finally:
+            self._ladder_enabled = before
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -402,7 +418,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids,
             inputs_embeds=inputs_embeds,
             layout=layout,
-            tap_layers=self.ladder.tap_layers,
+            tap_layers=self.ladder.tap_layers if self._ladder_enabled else (),
             tap_dtype=self.tap_dtype,
             cache=cache,
         )
@@ -416,12 +432,18 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             select = targets != _IGNORE
         elif targets is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             select = (slice(None), _kept(logits_to_keep))
-        y = self.ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
+        if self._ladder_enabled:
+            y = self.ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
+        else:
+            y = frozen.hidden if select is None else frozen.hidden[select]
         if targets is not None:
             wanted = targets != _IGNORE
             loss = self._loss(y if select is not None else y[wanted], targets[wanted])
-            count = max(int(wanted.sum()), 1) if num_items_in_batch is None else num_items_in_batch
-            loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+            count = wanted.sum() if num_items_in_batch is None else num_items_in_batch
+            if isinstance(count, torch.Tensor):
+                # A step without any label has the loss 0, not NaN.
+                count = count.to(loss.device).clamp(min=1)
+            loss = loss / count
         if return_logits:
             if targets is not None:
                 y = y[:, _kept(logits_to_keep)]

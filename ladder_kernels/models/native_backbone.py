@@ -116,6 +116,7 @@ class NativeBackbone(Backbone):
 
     embed: torch.Tensor
     norm: torch.Tensor
+    float_head: torch.Tensor | None
 
     def __init__(
         self,

@@ -61,14 +61,13 @@ def from_bitsandbytes(packed: Tensor, quant_state: QuantState) -> NF4Weight:
     if quant_state.shape is None or quant_state.blocksize is None or quant_state.dtype is None:
         raise ConfigError("the QuantState lacks shape, blocksize or dtype; it must have all three")
     nested: tuple[Tensor | None, ...] = (None, None, None)
-    if quant_state.nested:
-        second = quant_state.state2
+    second, offset = quant_state.state2, quant_state.offset
+    if second is not None and offset is not None:
         if second.blocksize != NESTED_BLOCKSIZE:
             raise ConfigError(
                 f"the nested blocksize is {second.blocksize}; it must be {NESTED_BLOCKSIZE}"
             )
-        offset = quant_state.offset.detach().reshape(())
-        nested = (_flat(second.absmax), _flat(second.code), offset)
+        nested = (_flat(second.absmax), _flat(second.code), offset.detach().reshape(()))
     return NF4Weight(
         as_bytes(packed),
         _flat(quant_state.absmax),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from ladder_kernels.errors import CheckpointError, ConfigError
 from ladder_kernels.nf4.bitsandbytes import as_bytes, as_storage
 from ladder_kernels.nf4.codebook import nf4_code
-from ladder_kernels.nf4.quantize import BLOCKSIZES, NESTED_BLOCKSIZE
+from ladder_kernels.nf4.quantize import BLOCKSIZES, NESTED_BLOCKSIZE, QUANTIZABLE
 from ladder_kernels.nf4.weight import NF4Weight
 
 __all__ = ["from_state_dict", "is_quantized", "state_keys", "to_state_dict"]
@@ -105,9 +105,11 @@ def from_state_dict(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
         )
     dtype = getattr(torch, str(state.get("dtype")), None)
     shape = state.get("shape")
-    if not isinstance(dtype, torch.dtype) or not isinstance(shape, list):
+    if dtype not in QUANTIZABLE or not _is_shape(shape):
+        allowed = ", ".join(str(each).removeprefix("torch.") for each in QUANTIZABLE)
         raise CheckpointError(
-            f"{name}: its quantisation state names dtype {state.get('dtype')!r} and shape {shape!r}"
+            f"{name}: its quantisation state names dtype {state.get('dtype')!r} and shape "
+            f"{shape!r}; allowed are {allowed} and a list of sizes"
         )
     nested: dict[str, Tensor] = {}
     if f"{name}.nested_absmax" in tensors or "nested_offset" in state:
@@ -116,7 +118,9 @@ def from_state_dict(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
                 f"{name}: found nested blocksize {state.get('nested_blocksize')!r}, allowed is 256"
             )
         absmax = _tensor(name, "nested_absmax", tensors)
-        offset = float(state.get("nested_offset", "nan"))
+        offset = state.get("nested_offset")
+        if not isinstance(offset, float | int):
+            raise CheckpointError(f"{name}: found nested offset {offset!r}, it must be a number")
         nested = {
             "nested_absmax": absmax,
             "nested_code": _tensor(name, "nested_quant_map", tensors),
@@ -138,6 +142,10 @@ def from_state_dict(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
         )
     except ConfigError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def _is_shape(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(isinstance(size, int) and size >= 0 for size in value)
 
 
 def _tensor(name: str, part: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -107,21 +107,30 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
     return packed, absmax
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_absmax(absmax: Tensor, *, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantise first-level scales to 8 bits (double quantisation).
 
     Args:
         absmax: float32 ``[blocks]``, finite.
+        name: What error messages call the tensor that they scale.
 
     Returns:
         The 8-bit scales, uint8 ``[blocks]``; their scales, float32 ``[ceil(blocks / 256)]``; the
         map, float32 ``[256]``; and the offset ``mean(absmax)``, float32 ``[]``. On the device of
         ``absmax``. The mean of no scales is NaN, as in bitsandbytes.
+
+    Raises:
+        NonFiniteError: The sum of the scales is beyond float32, so that they have no mean.
     """
     device = absmax.device
     # On the CPU always: a sum in another order would give the offset other last bits.
     scales = absmax if absmax.is_meta else absmax.cpu()
     offset = scales.mean()
+    if scales.numel() and has_values(offset) and not bool(torch.isfinite(offset)):
+        raise NonFiniteError(
+            f"'{name}' is too large for double quantisation: the sum of its {scales.numel()} "
+            "scales is infinite in float32; use double_quant=False"
+        )
     centred = scales - offset
     blocks = centred.numel()
     rows = -(-blocks // NESTED_BLOCKSIZE)

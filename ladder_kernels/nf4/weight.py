@@ -220,7 +220,8 @@ def quantize_nf4(
         The quantised tensor, on the device of ``weight``, without gradient.
 
     Raises:
-        NonFiniteError: The tensor holds NaN or infinity.
+        NonFiniteError: The tensor holds NaN or infinity, or numbers so large that the sum of their
+            scales does (with double quantisation).
         ConfigError: A dtype or blocksize that the format does not have.
     """
     name = "weight" if name is None else name
@@ -234,7 +235,7 @@ def quantize_nf4(
     shape = tuple(weight.shape)
     if not double_quant:
         return NF4Weight(packed, absmax, shape, blocksize, weight.dtype)
-    absmax, *nested = quantize_absmax(absmax)
+    absmax, *nested = quantize_absmax(absmax, name=name)
     return NF4Weight(packed, absmax, shape, blocksize, weight.dtype, *nested)
 
 
