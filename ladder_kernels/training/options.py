@@ -151,9 +151,9 @@ class TrainOptions:
     weight_decay: float = _help("decoupled weight decay", 0.0)
     max_grad_norm: float = _help("gradients are scaled down to this norm; 0 leaves them", 1.0)
     optimizer: str = _help(
-        "one that transformers.TrainingArguments(optim=...) knows, such as adamw_torch, "
+        "one that transformers.TrainingArguments(optim=...) knows, such as adamw_torch_fused, "
         "adamw_8bit (needs bitsandbytes), adafactor",
-        "adamw_torch",
+        "adamw_torch_fused",
     )
     seed: int = _help("of initial weights and data order; the same seed gives the same bits", 0)
 
