@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Annotated, Any
 
 import typer
 
 from ladder_kernels.cli.console import Verbose, print_json, table
-from ladder_kernels.cli.loading import ModelOptions, load
+from ladder_kernels.cli.hub import go_offline_without_hub
+from ladder_kernels.cli.loading import ModelOptions, load, tokenizer_of
 from ladder_kernels.cli.options import flags_of, make, with_flags
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.training.options import DataOptions
@@ -49,21 +51,28 @@ def command(
         make(record, {name: flags[name] for name in _FIELDS[record]}, names=_DATA_FLAGS)
         for record in (ModelOptions, DataOptions)
     )
-    model, saved = load(of_model, of_data.source)
+    go_offline_without_hub(of_model.model, of_model.base, of_data.source)
 
-    from ladder_kernels.training.data import load_tokenizer, prepare_data
+    from ladder_kernels.training.data import prepare_data
     from ladder_kernels.training.evaluation import evaluate_perplexity
+    from ladder_kernels.training.sources import load_rows
 
+    # Before the model, which takes longer.
+    load_rows(of_data.source, split=of_data.split, limit=of_data.limit)
+    model, saved = load(of_model)
     limit = model.backbone.max_context
     if context is None:
         context = _CONTEXT if limit is None else min(_CONTEXT, limit)
     elif limit is not None and context > limit:
         raise ConfigError(f"context: found {context}; {of_model.model} allows {limit} at most")
-    tokenizer = load_tokenizer(of_model.model, gguf_file=of_model.gguf_file)
-    rows = prepare_data(of_data, tokenizer, context)
+    rows = prepare_data(of_data, tokenizer_of(of_model), context)
     measured = {
         name: evaluate_perplexity(
-            model, rows, batch_size=batch_size, base=name == "base", progress=not as_json
+            model,
+            rows,
+            batch_size=batch_size,
+            base=name == "base",
+            progress=sys.stdout.isatty() and not as_json,
         )
         for name in (("base", "tuned") if saved else ("base",))
     }

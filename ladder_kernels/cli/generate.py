@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ladder_kernels.cli.console import Verbose, one_line
-from ladder_kernels.cli.loading import ModelOptions, load
+from ladder_kernels.cli.hub import go_offline_without_hub
+from ladder_kernels.cli.loading import ModelOptions, load, tokenizer_of
 from ladder_kernels.cli.options import flags_of, make, with_flags
 from ladder_kernels.errors import ConfigError, DataError
 
@@ -90,14 +91,16 @@ def command(
 ) -> None:
     """Continue a prompt with a base model or a saved ladder. Only the answer goes to stdout."""
     text = _prompt(prompt)
-    model, saved = load(make(ModelOptions, flags))
+    of_model = make(ModelOptions, flags)
+    go_offline_without_hub(of_model.model, of_model.base)
 
     import transformers
 
-    from ladder_kernels.training.data import load_tokenizer
-
-    tokenizer = load_tokenizer(flags["model"], gguf_file=flags["gguf_file"])
+    model, saved = load(of_model)
+    tokenizer = tokenizer_of(of_model)
     tokens = _encode(tokenizer, text, chat, system)
+    if not tokens:
+        raise ConfigError("prompt: found one without any token")
     limit = model.backbone.max_context
     room = max_new_tokens if limit is None else limit - len(tokens)
     if room < 1:

@@ -166,7 +166,7 @@ def _operations() -> dict[str, dict[str, dict[str, str | None]]]:
     from ladder_kernels import native, ops
 
     status = native.status()
-    without_native = None if status.available else f"no native library: {status.reason}"
+    without_native = None if status.available else status.reason
     without_triton = None
     if importlib.util.find_spec("triton") is None:
         without_triton = "triton is not installed"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ladder_kernels.cli.hub import go_offline_without_hub
+from ladder_kernels.errors import ConfigError, LadderKernelsError
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
     from ladder_kernels.models.modeling import LadderForCausalLM
 
-__all__ = ["ModelOptions", "load"]
+__all__ = ["ModelOptions", "load", "tokenizer_of"]
 
 
 def _help(text: str, default: Any) -> Any:
@@ -35,12 +38,27 @@ class ModelOptions:
     device: str | None = _help("cpu, cuda ...; default a GPU where there is one", None)
 
 
-def load(options: ModelOptions, *also: str) -> tuple[LadderForCausalLM, bool]:
+def tokenizer_of(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model; if a saved ladder has none, that of the ``base`` given.
+
+    Raises:
+        LadderKernelsError: As :func:`~ladder_kernels.training.data.load_tokenizer` does.
+    """
+    from ladder_kernels.training.data import load_tokenizer
+
+    try:
+        return load_tokenizer(options.model, gguf_file=options.gguf_file)
+    except LadderKernelsError:
+        if options.base is None:
+            raise
+        return load_tokenizer(options.base)
+
+
+def load(options: ModelOptions) -> tuple[LadderForCausalLM, bool]:
     """Load a saved ladder with its base, or a base model alone.
 
     Args:
         options: Which, and where to.
-        also: Other names that may be on the hub, such as a data set.
 
     Returns:
         The model, and whether its ladder was saved; if not, it is a placeholder, to be disabled.
@@ -48,8 +66,6 @@ def load(options: ModelOptions, *also: str) -> tuple[LadderForCausalLM, bool]:
     Raises:
         LadderKernelsError: As ``LadderForCausalLM.from_pretrained`` does.
     """
-    go_offline_without_hub(options.model, options.base, *also)
-
     from ladder_kernels.models.config import LadderConfig
     from ladder_kernels.models.modeling import LadderForCausalLM
     from ladder_kernels.models.pretrained import find_saved_ladder
@@ -62,6 +78,29 @@ def load(options: ModelOptions, *also: str) -> tuple[LadderForCausalLM, bool]:
         base=options.base,
         gguf_file=options.gguf_file,
         dtype=options.dtype,
-        device=options.device,
+        device=_device(options.device),
     )
     return model, saved
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of a name, by default a GPU where there is one.
+
+    Raises:
+        ConfigError: If there is none of that name here.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    here = "cpu" + (f", cuda:0 to cuda:{gpus - 1}" if gpus else "; torch sees no GPU")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: found {name!r}; here there is {here}") from None
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= gpus
+    ):
+        raise ConfigError(f"device: found {name!r}; here there is {here}")
+    return device
