@@ -7,9 +7,12 @@ one companion ``unsupported(*args) -> str | None`` that takes the same arguments
 cannot run there, or ``None`` if it can.
 
 ``"auto"`` takes the module that the operation ships for the tensors' device, else the reference. A
-shipped module that cannot run the call is said aloud, once, as a
+shipped module that cannot run the call is said aloud, once for each reason, as a
 :class:`~ladder_kernels.errors.BackendFallbackWarning`. A backend that was asked for by name never
 falls back: :class:`~ladder_kernels.errors.BackendError` says why it cannot run.
+
+float64 serves to check gradients. ``"auto"`` computes it on the reference, which is no fallback: no
+backend means to have it.
 """
 
 from __future__ import annotations
@@ -167,11 +170,13 @@ def _best(
                 "on plain PyTorch there (use_backend('reference') silences this)"
             )
         return None
+    if args[0].dtype == torch.float64:
+        return None
     reason = _module(op, backend).unsupported(*args)
     if reason is None:
         return shipped
     _warn_once(
-        f"{op} runs on plain PyTorch instead of its '{backend}' kernel: {reason} "
+        f"operations run on plain PyTorch instead of their '{backend}' kernels: {reason} "
         "(use_backend('reference') silences this)"
     )
     return None

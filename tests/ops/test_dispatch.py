@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ladder_kernels as lk
-from ladder_kernels import ops
+from ladder_kernels import native, ops
 from ladder_kernels.errors import BackendError, BackendFallbackWarning, ConfigError
 from ladder_kernels.nf4 import quantize_nf4
 from ladder_kernels.ops import _dispatch
@@ -123,13 +123,46 @@ def test_cpu_accepts_operations_that_have_no_native_kernel():
     assert torch.equal(y, ops.rms_norm(x, None, 1e-6))
 
 
+@pytest.fixture
+def _no_native_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(native, "MODULE", "ladder_kernels.native._no_such_library")
+    native.load.cache_clear()
+    yield
+    native.load.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_native_library")
 def test_falling_back_is_said_once():
-    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
-    with pytest.warns(BackendFallbackWarning, match="nf4_linear runs on plain PyTorch instead of"):
+    x, weight = torch.randn(2, 32), quantize_nf4(torch.randn(8, 32))
+    with pytest.warns(
+        BackendFallbackWarning,
+        match="operations run on plain PyTorch instead of their 'cpu' kernels: the native library "
+        "is not installed",
+    ):
         first = ops.nf4_linear(x, weight)
+    with ops.use_backend("reference"):
+        assert torch.equal(ops.nf4_linear(x, weight), first)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(ops.nf4_linear(x, weight), first)
+        ops.nf4_linear_transposed(torch.randn(2, 8), weight)
+
+
+@pytest.mark.usefixtures("_no_native_library")
+def test_a_forced_backend_says_that_the_library_is_missing():
+    with (
+        ops.use_backend("cpu"),
+        pytest.raises(BackendError, match="cannot run this call: the native library is not inst"),
+    ):
+        ops.nf4_linear(torch.randn(2, 32), quantize_nf4(torch.randn(8, 32)))
+
+
+def test_float64_is_the_references_own():
+    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = ops.nf4_linear(x, weight)
+    torch.testing.assert_close(out, x @ weight.dequantize(torch.float64).t())
 
 
 def test_a_forced_backend_does_not_fall_back():
@@ -141,21 +174,23 @@ def test_a_forced_backend_does_not_fall_back():
         ops.nf4_linear(x, weight)
 
 
+@pytest.mark.usefixtures("_no_native_library")
 def test_reference_says_nothing():
-    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
+    x, weight = torch.randn(2, 32), quantize_nf4(torch.randn(8, 32))
     with ops.use_backend("reference"), warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.nf4_linear(x, weight)
 
 
+@pytest.mark.usefixtures("_no_native_library")
 def test_backward_runs_where_the_forward_did():
     weight = quantize_nf4(torch.randn(8, 32))
-    x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 32, requires_grad=True)
     with ops.use_backend("reference"):
         loss = ops.nf4_linear(x, weight).sum()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss.backward()  # "auto" is in force here, and would say that float64 falls back
+        loss.backward()  # "auto" is in force here, and would say that it falls back
     assert x.grad is not None
 
 

@@ -1,0 +1,111 @@
+// The C interface: checks of arguments, and which instruction set variant runs.
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+// Each variant is compiled with exactly these extensions; best first.
+std::vector<const lk::Kernels*> runnable() {
+  std::vector<const lk::Kernels*> found;
+#if defined(LK_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    found.push_back(&lk::kernels_avx512);
+  }
+#endif
+#if defined(LK_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    found.push_back(&lk::kernels_avx2);
+  }
+#endif
+  found.push_back(&lk::kernels_baseline);
+  return found;
+}
+
+const std::vector<const lk::Kernels*>& variants() {
+  static const std::vector<const lk::Kernels*> found = runnable();
+  return found;
+}
+
+std::atomic<const lk::Kernels*>& chosen() {
+  static std::atomic<const lk::Kernels*> kernels{variants().front()};
+  return kernels;
+}
+
+bool is_power_of_two(int64_t value) { return value > 0 && (value & (value - 1)) == 0; }
+
+bool is_valid(const lk_nf4_matrix* weight) {
+  if (weight == nullptr || weight->rows < 0 || weight->cols < 0) return false;
+  if (weight->blocksize < 16 || !is_power_of_two(weight->blocksize)) return false;
+  if (weight->rows == 0 || weight->cols == 0) return true;
+  if (weight->packed == nullptr) return false;
+  const bool nested = weight->absmax_q8 != nullptr && weight->nested_absmax != nullptr &&
+                      weight->nested_code != nullptr && weight->nested_offset != nullptr;
+  return (weight->absmax != nullptr) != nested;
+}
+
+bool is_valid(lk_dtype dtype) {
+  return dtype == LK_FLOAT32 || dtype == LK_BFLOAT16 || dtype == LK_FLOAT16;
+}
+
+}  // namespace
+
+int32_t lk_abi_version(void) { return LK_ABI_VERSION; }
+
+const char* lk_version(void) { return LK_VERSION; }
+
+const char* lk_isa(void) { return chosen().load()->isa; }
+
+const char* lk_isas(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const lk::Kernels* variant : variants()) {
+      if (!all.empty()) all += ' ';
+      all += variant->isa;
+    }
+    return all;
+  }();
+  return names.c_str();
+}
+
+lk_status lk_set_isa(const char* name) {
+  if (name == nullptr) return LK_BAD_ARGUMENT;
+  for (const lk::Kernels* variant : variants()) {
+    if (std::strcmp(variant->isa, name) == 0) {
+      chosen().store(variant);
+      return LK_OK;
+    }
+  }
+  return LK_UNKNOWN_ISA;
+}
+
+lk_status lk_nf4_linear(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M, const void* x,
+                        int64_t x_stride, const void* bias, const void* residual,
+                        int64_t residual_stride, void* out, int32_t threads) {
+  if (!is_valid(weight) || !is_valid(dtype) || M < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (M == 0 || weight->rows == 0) return LK_OK;
+  const bool empty = weight->cols == 0;
+  if (out == nullptr || (!empty && x == nullptr)) return LK_BAD_ARGUMENT;
+  if (M > 1 && !empty && x_stride < weight->cols) return LK_BAD_ARGUMENT;
+  if (M > 1 && residual != nullptr && residual_stride < weight->rows) return LK_BAD_ARGUMENT;
+  return chosen().load()->nf4_linear(
+      {*weight, dtype, M, x, x_stride, bias, residual, residual_stride, out, threads});
+}
+
+lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M,
+                                   const void* grad, int64_t grad_stride, void* out,
+                                   int32_t threads) {
+  if (!is_valid(weight) || !is_valid(dtype) || M < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (M == 0 || weight->cols == 0) return LK_OK;
+  const bool empty = weight->rows == 0;
+  if (out == nullptr || (!empty && grad == nullptr)) return LK_BAD_ARGUMENT;
+  if (M > 1 && !empty && grad_stride < weight->rows) return LK_BAD_ARGUMENT;
+  return chosen().load()->nf4_linear_transposed(
+      {*weight, dtype, M, grad, grad_stride, nullptr, nullptr, 0, out, threads});
+}

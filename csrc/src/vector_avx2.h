@@ -1,0 +1,126 @@
+// Eight floats at a time: AVX2, FMA, F16C.
+
+struct V {
+  using F = __m256;
+  struct Table {  // sixteen values, one for each 4-bit index
+    __m256 low, high;
+  };
+
+  static constexpr int kWidth = 8;
+  static constexpr int kTileRows = 6;  // 6 x 2 sums, 2 weights, 1 activation: 15 of 16 registers
+  static constexpr int kTileVectors = 2;
+  static constexpr int kDotRows = 8;  // rows of x that one reading of the weights serves
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float value) { return _mm256_set1_ps(value); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(F a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  template <lk_dtype DT>
+  static F load(const void* base, int64_t index) {
+    if constexpr (DT == LK_FLOAT32) {
+      return _mm256_loadu_ps(static_cast<const float*>(base) + index);
+    } else {
+      const void* at = static_cast<const uint16_t*>(base) + index;
+      const __m128i halves = _mm_loadu_si128(static_cast<const __m128i*>(at));
+      if constexpr (DT == LK_FLOAT16) return _mm256_cvtph_ps(halves);
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+  }
+
+  template <lk_dtype DT>
+  static void store(void* base, int64_t index, F value) {
+    if constexpr (DT == LK_FLOAT32) {
+      _mm256_storeu_ps(static_cast<float*>(base) + index, value);
+    } else {
+      void* at = static_cast<uint16_t*>(base) + index;
+      __m128i halves;
+      if constexpr (DT == LK_FLOAT16) {
+        halves = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      } else {
+        const __m256i upper = _mm256_srli_epi32(bf16_bits(value), 16);
+        halves =
+            _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+      }
+      _mm_storeu_si128(static_cast<__m128i*>(at), halves);
+    }
+  }
+
+  template <lk_dtype DT>
+  static Table table(float scale) {
+    const F by = _mm256_set1_ps(scale);
+    return {rounded<DT>(_mm256_mul_ps(_mm256_load_ps(kCode), by)),
+            rounded<DT>(_mm256_mul_ps(_mm256_load_ps(kCode + 8), by))};
+  }
+
+  // The values of the 16 indices in 8 bytes, in order.
+  static void look_up(const uint8_t* bytes, const Table& table, F* out) {
+    out[0] = look_up_eight(bytes, table);
+    out[1] = look_up_eight(bytes + 4, table);
+  }
+
+  static void transpose(F* row) {
+    F pair[8];
+    for (int i = 0; i < 8; i += 2) {
+      pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+      pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    F quad[8];
+    for (int i = 0; i < 8; i += 4) {
+      quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+      quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+      quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+      quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+    }
+    for (int c = 0; c < 4; ++c) {
+      row[c] = _mm256_permute2f128_ps(quad[c], quad[4 + c], 0x20);
+      row[c + 4] = _mm256_permute2f128_ps(quad[c], quad[4 + c], 0x31);
+    }
+  }
+
+ private:
+  static F look_up_eight(const uint8_t* bytes, const Table& table) {
+    int32_t packed;
+    __builtin_memcpy(&packed, bytes, sizeof packed);
+    // Byte i into the 32-bit lanes 2i and 2i + 1; the even lane's index is the high nibble. The
+    // permutations read the low three bits of a lane, the fourth chooses between them.
+    const __m256i spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi32(packed), _mm256_set_epi64x(static_cast<int64_t>(0x8080800380808003ull),
+                                                     static_cast<int64_t>(0x8080800280808002ull),
+                                                     static_cast<int64_t>(0x8080800180808001ull),
+                                                     static_cast<int64_t>(0x8080800080808000ull)));
+    const __m256i index = _mm256_srlv_epi32(spread, _mm256_set1_epi64x(4));
+    const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
+                            _mm256_permutevar8x32_ps(table.high, index), upper);
+  }
+
+  template <lk_dtype DT>
+  static F rounded(F values) {
+    if constexpr (DT == LK_BFLOAT16) {
+      return _mm256_castsi256_ps(
+          _mm256_and_si256(bf16_bits(values), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    }
+    if constexpr (DT == LK_FLOAT16) {
+      return _mm256_cvtph_ps(
+          _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    return values;
+  }
+
+  // Rounded to bfloat16, in the upper half of each lane; the lower half is undefined.
+  static __m256i bf16_bits(F value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+  }
+};

@@ -1,0 +1,118 @@
+// Sixteen floats at a time: AVX-512 F, BW, VL, DQ.
+
+struct V {
+  using F = __m512;
+  using Table = __m512;  // sixteen values, one for each 4-bit index
+
+  static constexpr int kWidth = 16;
+  static constexpr int kTileRows = 14;  // 14 x 2 sums, 2 weights, 1 activation: 31 of 32 registers
+  static constexpr int kTileVectors = 2;
+  static constexpr int kDotRows = 16;  // rows of x that one reading of the weights serves
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float value) { return _mm512_set1_ps(value); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+
+  template <lk_dtype DT>
+  static F load(const void* base, int64_t index) {
+    if constexpr (DT == LK_FLOAT32) {
+      return _mm512_loadu_ps(static_cast<const float*>(base) + index);
+    } else {
+      const void* at = static_cast<const uint16_t*>(base) + index;
+      const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(at));
+      if constexpr (DT == LK_FLOAT16) return _mm512_cvtph_ps(halves);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+  }
+
+  template <lk_dtype DT>
+  static void store(void* base, int64_t index, F value) {
+    if constexpr (DT == LK_FLOAT32) {
+      _mm512_storeu_ps(static_cast<float*>(base) + index, value);
+    } else {
+      void* at = static_cast<uint16_t*>(base) + index;
+      __m256i halves;
+      if constexpr (DT == LK_FLOAT16) {
+        halves = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      } else {
+        halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(value), 16));
+      }
+      _mm256_storeu_si256(static_cast<__m256i*>(at), halves);
+    }
+  }
+
+  template <lk_dtype DT>
+  static Table table(float scale) {
+    const F values = _mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(scale));
+    if constexpr (DT == LK_BFLOAT16) {
+      return _mm512_castsi512_ps(
+          _mm512_and_si512(bf16_bits(values), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    }
+    if constexpr (DT == LK_FLOAT16) {
+      return _mm512_cvtph_ps(
+          _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    return values;
+  }
+
+  // The values of the 16 indices in 8 bytes, in order.
+  static void look_up(const uint8_t* bytes, Table table, F* out) {
+    int64_t packed;
+    __builtin_memcpy(&packed, bytes, sizeof packed);
+    // Byte i into the 32-bit lanes 2i and 2i + 1; the even lane's index is the high nibble. The
+    // permutation reads only the low four bits of a lane.
+    const __m512i spread = _mm512_shuffle_epi8(
+        _mm512_set1_epi64(packed),
+        _mm512_set_epi64(0x8080800780808007, 0x8080800680808006, 0x8080800580808005,
+                         0x8080800480808004, 0x8080800380808003, 0x8080800280808002,
+                         0x8080800180808001, 0x8080800080808000));
+    const __m512i index = _mm512_srlv_epi32(spread, _mm512_set1_epi64(4));
+    out[0] = _mm512_permutexvar_ps(index, table);
+  }
+
+  static void transpose(F* row) {
+    F pair[16];
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+    }
+    F quad[16];
+    for (int i = 0; i < 16; i += 4) {
+      quad[i] = unpack_low(pair[i], pair[i + 2]);
+      quad[i + 1] = unpack_high(pair[i], pair[i + 2]);
+      quad[i + 2] = unpack_low(pair[i + 1], pair[i + 3]);
+      quad[i + 3] = unpack_high(pair[i + 1], pair[i + 3]);
+    }
+    // quad[4 q + c] holds columns c, c + 4, c + 8, c + 12 of rows 4 q to 4 q + 3, a lane a column.
+    for (int c = 0; c < 4; ++c) {
+      const F even_low = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0x88);
+      const F odd_low = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0xdd);
+      const F even_high = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0x88);
+      const F odd_high = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0xdd);
+      row[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      row[c + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      row[c + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      row[c + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
+
+ private:
+  static F unpack_low(F a, F b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static F unpack_high(F a, F b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+
+  // Rounded to bfloat16, in the upper half of each lane; the lower half is undefined.
+  static __m512i bf16_bits(F value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  }
+};

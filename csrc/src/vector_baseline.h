@@ -1,0 +1,71 @@
+// Four floats at a time in the compiler's own vectors: any processor.
+
+struct V {
+  typedef float F __attribute__((vector_size(16)));
+  struct Table {  // sixteen values, one for each 4-bit index
+    float value[16];
+  };
+
+  static constexpr int kWidth = 4;
+  static constexpr int kTileRows = 4;  // 4 x 2 sums, 2 weights, 1 activation: 11 of 16 registers
+  static constexpr int kTileVectors = 2;
+  static constexpr int kDotRows = 4;  // rows of x that one reading of the weights serves
+
+  static F zero() { return F{0.0f, 0.0f, 0.0f, 0.0f}; }
+  static F set1(float value) { return F{value, value, value, value}; }
+  static F add(F a, F b) { return a + b; }
+  static F multiply_add(F a, F b, F c) { return a * b + c; }
+  static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+  template <lk_dtype DT>
+  static F load(const void* base, int64_t index) {
+    F value;
+    if constexpr (DT == LK_FLOAT32) {
+      __builtin_memcpy(&value, static_cast<const float*>(base) + index, sizeof value);
+    } else {
+      const uint16_t* halves = static_cast<const uint16_t*>(base) + index;
+      for (int i = 0; i < kWidth; ++i) {
+        value[i] = DT == LK_FLOAT16 ? f16_to_float(halves[i]) : bf16_to_float(halves[i]);
+      }
+    }
+    return value;
+  }
+
+  template <lk_dtype DT>
+  static void store(void* base, int64_t index, F value) {
+    if constexpr (DT == LK_FLOAT32) {
+      __builtin_memcpy(static_cast<float*>(base) + index, &value, sizeof value);
+    } else {
+      uint16_t* halves = static_cast<uint16_t*>(base) + index;
+      for (int i = 0; i < kWidth; ++i) {
+        halves[i] = DT == LK_FLOAT16 ? float_to_f16(value[i]) : float_to_bf16(value[i]);
+      }
+    }
+  }
+
+  template <lk_dtype DT>
+  static Table table(float scale) {
+    Table table;
+    for (int i = 0; i < 16; ++i) table.value[i] = round_to<DT>(kCode[i] * scale);
+    return table;
+  }
+
+  // The values of the 16 indices in 8 bytes, in order.
+  static void look_up(const uint8_t* bytes, const Table& table, F* out) {
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t first = bytes[2 * i], second = bytes[2 * i + 1];
+      out[i] = F{table.value[first >> 4], table.value[first & 15], table.value[second >> 4],
+                 table.value[second & 15]};
+    }
+  }
+
+  static void transpose(F* row) {
+    for (int i = 0; i < kWidth; ++i) {
+      for (int j = i + 1; j < kWidth; ++j) {
+        const float swapped = row[i][j];
+        row[i][j] = row[j][i];
+        row[j][i] = swapped;
+      }
+    }
+  }
+};
