@@ -54,6 +54,8 @@ class HookedFamily:
         aliases: Beginnings of names that differ in checkpoints: (in the model, in a checkpoint).
         finds_documents: Whether transformers finds packed documents in the positions; otherwise the
             model is handed a mask ready made.
+        learned_positions: Whether positions are rows of a table, so that a text longer than that
+            cannot be read at all.
     """
 
     layers: str = "layers"
@@ -62,6 +64,7 @@ class HookedFamily:
     inverse_scale: str | None = None
     aliases: tuple[tuple[str, str], ...] = ()
     finds_documents: bool = True
+    learned_positions: bool = False
 
 
 HOOKED: dict[str, HookedFamily] = {
@@ -69,13 +72,16 @@ HOOKED: dict[str, HookedFamily] = {
     "gemma": HookedFamily(),
     "gemma2": HookedFamily(),
     "gemma3_text": HookedFamily(),
-    "gpt2": HookedFamily(layers="h", norm="ln_f"),
+    "gpt2": HookedFamily(layers="h", norm="ln_f", learned_positions=True),
     "gpt_neox": HookedFamily(norm="final_layer_norm", aliases=(("lm_head.", "embed_out."),)),
     "granite": HookedFamily(inverse_scale="logits_scaling"),
     "olmo": HookedFamily(),
     "olmo2": HookedFamily(),
     "opt": HookedFamily(
-        layers="decoder.layers", norm="decoder.final_layer_norm", finds_documents=False
+        layers="decoder.layers",
+        norm="decoder.final_layer_norm",
+        finds_documents=False,
+        learned_positions=True,
     ),
     "phi": HookedFamily(norm="final_layernorm"),
     "phi3": HookedFamily(),
@@ -260,6 +266,13 @@ class HookedBackbone(Backbone):
         emit: Callable[[int, torch.Tensor], None],
     ) -> None:
         mask, positions = layout.padding, layout.position_ids
+        if self.family.learned_positions and positions.numel():
+            last = int(positions.max())
+            if self.max_context is not None and last >= self.max_context:
+                raise ConfigError(
+                    f"position_ids: found position {last}; '{self.config.model_type}' has learned "
+                    f"positions, 0 to {self.max_context - 1}"
+                )
         if layout.documents is not None and not self.family.finds_documents:
             mask = layout.mask()
         elif layout.documents is not None:

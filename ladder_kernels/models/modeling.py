@@ -381,7 +381,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
                 ladder's.
             inputs_embeds: ``[B, S, D]`` instead of ``input_ids``; they get no gradient.
             use_cache: Whether to return a cache. Default: the configuration's, and never with
-                labels or in training mode.
+                labels, in training mode, or with packed documents.
             logits_to_keep: Logits for the last so many tokens only (0: all), or for these
                 positions.
             num_items_in_batch: The loss is the sum over tokens divided by this; default the number
@@ -407,12 +407,19 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        cache = past_key_values
+        layout = self._layout(given, attention_mask, position_ids, cache)
+        if layout.documents is not None:
+            if use_cache or cache is not None:
+                raise ConfigError(
+                    "position_ids: found packed documents together with a cache, which does not "
+                    "keep them apart; allowed is use_cache=False, without past_key_values"
+                )
+            use_cache = False
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and labels is None and not self.training
-        cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
-        layout = self._layout(given, attention_mask, position_ids, cache)
 
         frozen = self._backbone.frozen_pass(
             input_ids,
@@ -508,11 +515,13 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             if backbone.head_bias is not None:
                 # The fused loss has no bias: the few architectures with one build their logits.
                 return F.cross_entropy(backbone.logits(y).float(), targets, reduction="sum")
-            hidden = backbone.final_norm(y)
-            if backbone.logit_scale != 1.0:
-                hidden = hidden * backbone.logit_scale
             return linear_cross_entropy(
-                hidden, backbone.head, targets, reduction="sum", softcap=backbone.softcap
+                backbone.final_norm(y),
+                backbone.head,
+                targets,
+                reduction="sum",
+                softcap=backbone.softcap,
+                logit_scale=backbone.logit_scale,
             )
 
 

@@ -176,6 +176,16 @@ def test_packed_documents_with_a_cache_are_refused(pair: Any):
         backbone.frozen_pass(ids(1, 6), layout=layout, cache=DynamicCache())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_more_tokens_than_learned_positions(family: str, pair: Any):
+    backbone, _ = pair(family)
+    backbone.frozen_pass(ids(1, 64), layout=SequenceLayout.build(1, 64))
+    with pytest.raises(
+        ConfigError, match=f"position 64; '{family}' has learned positions, 0 to 63"
+    ):
+        backbone.frozen_pass(ids(1, 65), layout=SequenceLayout.build(1, 65))
+
+
 def test_opt_without_a_final_norm(make: Any):
     with pytest.raises(UnsupportedModelError, match=r"no 'decoder\.final_layer_norm'"):
         backbone_from_transformers(make("opt", do_layer_norm_before=False))

@@ -321,6 +321,18 @@ def test_refused_caches(backbone: Backbone):
         model(IDS, past_key_values=DynamicCache(config=backbone.config))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_documents_and_caches(family: str, pair: Callable[[str], Any]):
+    """A cache does not keep documents apart: none is made, and one that is asked for is refused."""
+    model = LadderForCausalLM.from_backbone(pair(family)[0], LST)
+    assert model(IDS, position_ids=PACKED).past_key_values is None
+    for options in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
+        with pytest.raises(ConfigError, match=r"found packed documents together with a cache"):
+            model(IDS, position_ids=PACKED, **options)
+    one = torch.arange(10)[None]
+    assert model(IDS, position_ids=one).past_key_values is not None
+
+
 def test_the_vocabulary_is_frozen(backbone: Backbone):
     model = LadderForCausalLM.from_backbone(backbone, LST)
     with pytest.raises(UnsupportedModelError, match="vocabulary"):
