@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from ladder_kernels.errors import ConfigError, MissingFileError, OutputExistsErr
 from ladder_kernels.training.options import TrainOptions
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from ladder_kernels.models.modeling import LadderForCausalLM
     from ladder_kernels.training.evaluation import Perplexity
@@ -50,7 +51,7 @@ class TrainResult:
     output: Path
 
 
-def train(options: TrainOptions) -> TrainResult:
+def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
     """Train a ladder and save it, with the tokenizer, in ``options.output``.
 
     What can be checked cheaply is checked before anything slow starts, and nothing is written
@@ -60,6 +61,7 @@ def train(options: TrainOptions) -> TrainResult:
 
     Args:
         options: See :class:`~.options.TrainOptions`.
+        callbacks: Further ones for the ``Trainer``, called after those of this library.
 
     Returns:
         What was done.
@@ -78,6 +80,8 @@ def train(options: TrainOptions) -> TrainResult:
     _check_context(options.context, _max_context(options.model, options.gguf_file), options.model)
     _check_reporter(options.report_to)
 
+    from transformers import PrinterCallback
+
     from ladder_kernels.training.callbacks import RichProgressCallback, ThroughputCallback
     from ladder_kernels.training.data import load_tokenizer, pad_token_id_of, prepare_data
     from ladder_kernels.training.packing import LadderCollator
@@ -94,14 +98,14 @@ def train(options: TrainOptions) -> TrainResult:
         _check_checkpoint(checkpoint, model)
 
     throughput = ThroughputCallback()
-    callbacks: list[Any] = [throughput]
+    own: list[Any] = [throughput]
     if options.report_to == "tensorboard":
         from transformers.integrations.integration_utils import TensorBoardCallback
 
-        callbacks.append(TensorBoardCallback())
+        own.append(TensorBoardCallback())
     progress = RichProgressCallback() if options.progress else None
     if progress is not None:
-        callbacks.append(progress)
+        own.append(progress)
     trainer = PerplexityTrainer(
         model=model,
         args=arguments,
@@ -109,8 +113,9 @@ def train(options: TrainOptions) -> TrainResult:
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[*own, *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)  # ours says the same, readably
     base = trainer.perplexity(base=True) if eval_rows is not None and options.eval_base else None
     try:
         outcome = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,16 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
+import ladder_kernels
 from ladder_kernels import LadderConfig, LadderForCausalLM
-from ladder_kernels.models.loading import backbone_from_transformers, load_backbone
 from ladder_kernels.training.packing import pack_rows
 
 CONTEXT = 32
@@ -51,9 +61,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what ``datasets`` caches out of the user's home."""
     cache = tmp_path_factory.getbasetemp() / "datasets"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -110,6 +118,36 @@ def make_documents(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
     return documents
 
 
+def train_plain(
+    base: Path, rows: datasets.Dataset, output: Path, *, resume: str | None = None, **options: Any
+) -> tuple[list[float], dict[str, torch.Tensor], Trainer]:
+    """Train with transformers' own Trainer, nothing of ours but model and rows.
+
+    Gives the loss of each step, the trained weights, and the trainer.
+    """
+    options = {"max_steps": 6, "per_device_train_batch_size": 1, "save_strategy": "no", **options}
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=7,
+        **options,
+    )
+    model = LadderForCausalLM.from_pretrained(base, ladder=LadderConfig.lst(reduction=4))
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}, trainer
+
+
+@pytest.fixture
+def plain() -> Callable[..., Any]:
+    return train_plain
+
+
 @pytest.fixture
 def packed() -> datasets.Dataset:
     """Rows of :data:`CONTEXT` tokens with unequal numbers of learned tokens."""
@@ -127,3 +165,59 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return to
+
+
+class Worker:
+    """``worker.py`` in processes of its own, with as many threads as there are here."""
+
+    def __init__(self, spec: dict[str, Any], folder: Path, *, processes: int = 1) -> None:
+        folder.mkdir()
+        (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        self.errors = folder / "errors"
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={processes}"]
+        command += [str(Path(__file__).with_name("worker.py")), str(folder / "spec.json")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(ladder_kernels.__file__).parents[1]),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def wait_for(self, line: str) -> None:
+        """Wait until it prints a line."""
+        assert self.process.stdout is not None
+        assert any(found == f"{line}\n" for found in self.process.stdout), self.errors.read_text()
+
+    def kill(self) -> None:
+        """Kill -9."""
+        self.process.send_signal(signal.SIGKILL)
+        assert self.process.wait() == -signal.SIGKILL
+
+    def finish(self) -> None:
+        """Wait for its end, which must be a good one."""
+        self.process.communicate(timeout=120)
+        assert self.process.returncode == 0, self.errors.read_text()
+
+    def close(self) -> None:
+        """End it, should it still run; torchrun ends its own processes."""
+        with self.process:
+            self.process.terminate()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    workers: list[Worker] = []
+
+    def launch(spec: dict[str, Any], *, processes: int = 1) -> Worker:
+        workers.append(Worker(spec, tmp_path / f"worker{len(workers)}", processes=processes))
+        return workers[-1]
+
+    yield launch
+    for worker in workers:
+        worker.close()
