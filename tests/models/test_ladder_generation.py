@@ -12,6 +12,9 @@ from transformers import DynamicCache
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.models.loading import backbone_from_transformers
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ladder_kernels.models.hooked_backbone.SlowerBackboneWarning"
+)
 CONFIGS = {
     "lst": LadderConfig.lst(reduction=4),
     "xladder": LadderConfig.xladder(connected=2, free=2, reduction=4, merge="gate"),

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
+from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models.loading import (
     SUPPORTED_NATIVE,
@@ -396,3 +397,30 @@ def test_smollm2_on_real_text(smollm2: Any, logits: Any, error: Any):
     assert error(ours, wanted) < LIMIT
     loss = torch.nn.functional.cross_entropy(ours[0, :-1], tokens[0, 1:])
     assert loss < 4.0  # it is the trained model, not noise
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LadderConfig.lst(every=3, reduction=8), LadderConfig.xladder(reduction=8)],
+    ids=["lst", "xladder"],
+)
+def test_a_ladder_on_smollm2_starts_exactly_at_it(config: LadderConfig, smollm2: Any, logits: Any):
+    backbone, _, tokens = smollm2
+    tokens = tokens[:, :200]
+    model = LadderForCausalLM.from_backbone(backbone, config)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, logits(backbone, tokens))
+
+
+def test_smollm2_in_transformers_with_bitsandbytes(
+    smollm2: Any, tmp_path: Path, exact: Any, logits: Any, error: Any
+):
+    """Our file, loaded there: the same bits and the same logits."""
+    backbone, _, tokens = smollm2
+    backbone.save_pretrained(tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert backbone_from_transformers(model).fingerprint == backbone.fingerprint
+    tokens = tokens[:, :200]
+    with torch.no_grad():
+        wanted = exact(model.eval())(tokens).logits
+    assert error(logits(backbone, tokens), wanted) < LIMIT
