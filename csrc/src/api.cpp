@@ -8,21 +8,27 @@
 
 namespace {
 
-// Each variant is compiled with exactly these extensions; best first.
+// Each variant is compiled with exactly the extensions that are asked for here; best first.
 std::vector<const lk::Kernels*> runnable() {
   std::vector<const lk::Kernels*> found;
+#if defined(LK_HAVE_AVX2)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+#endif
 #if defined(LK_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back(&lk::kernels_avx512);
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+#endif
+#if defined(LK_HAVE_AVX512_BF16)
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&lk::kernels_avx512_bf16);
+#endif
+#if defined(LK_HAVE_AVX512)
+  if (avx512) found.push_back(&lk::kernels_avx512);
 #endif
 #if defined(LK_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    found.push_back(&lk::kernels_avx2);
-  }
+  if (avx2) found.push_back(&lk::kernels_avx2);
 #endif
   found.push_back(&lk::kernels_baseline);
   return found;

@@ -31,5 +31,8 @@ extern const Kernels kernels_avx2;
 #if defined(LK_HAVE_AVX512)
 extern const Kernels kernels_avx512;
 #endif
+#if defined(LK_HAVE_AVX512_BF16)
+extern const Kernels kernels_avx512_bf16;
+#endif
 
 }  // namespace lk

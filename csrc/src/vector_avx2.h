@@ -11,6 +11,8 @@ struct V {
   static constexpr int kTileVectors = 2;
   static constexpr int kDotRows = 8;  // rows of x that one reading of the weights serves
 
+  static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
+
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float value) { return _mm256_set1_ps(value); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }

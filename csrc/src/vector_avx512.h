@@ -1,4 +1,4 @@
-// Sixteen floats at a time: AVX-512 F, BW, VL, DQ.
+// Sixteen floats at a time: AVX-512 F, BW, VL, DQ; and BF16 where the variant is compiled with it.
 
 struct V {
   using F = __m512;
@@ -97,6 +97,24 @@ struct V {
       row[c + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
     }
   }
+
+#if defined(__AVX512BF16__)
+  static constexpr bool kHasPairs = true;
+
+  // The upper halves of two vectors side by side in each lane, `even` in the lower half: exact for
+  // floats that are bfloat16 already.
+  static F pair(F even, F odd) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(odd)));
+  }
+
+  // c plus both products of the bfloat16 pairs in each lane.
+  static F multiply_add_pairs(F a, F b, F c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+#else
+  static constexpr bool kHasPairs = false;
+#endif
 
  private:
   static F unpack_low(F a, F b) {

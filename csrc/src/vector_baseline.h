@@ -11,6 +11,8 @@ struct V {
   static constexpr int kTileVectors = 2;
   static constexpr int kDotRows = 4;  // rows of x that one reading of the weights serves
 
+  static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
+
   static F zero() { return F{0.0f, 0.0f, 0.0f, 0.0f}; }
   static F set1(float value) { return F{value, value, value, value}; }
   static F add(F a, F b) { return a + b; }

@@ -1,0 +1,1 @@
+"""Benchmarks: ops and whole steps against their rivals, one row format for all results."""

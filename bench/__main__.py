@@ -1,0 +1,22 @@
+"""Run every benchmark: ``python -m bench``, or ``make bench``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHES = ("bench.nf4_linear",)
+"""Each runs in a process of its own."""
+
+
+def main() -> int:
+    """Run them one after another; returns the number of those that failed."""
+    failed = 0
+    for bench in BENCHES:
+        print(f"== {bench}", flush=True)
+        failed += subprocess.run([sys.executable, "-m", bench], check=False).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""nf4_linear on a CPU against bitsandbytes and against already dequantised weights.
+
+    python -m bench.nf4_linear                   on the best instruction set that there is
+    python -m bench.nf4_linear --isa avx2        ours and the rivals' kernels held to AVX2
+
+Candidates take turns in one run; each result is verified against float64 before it is timed. The
+peaks of multiply-adds and of reading memory come from small loops (``peak.cpp``) in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# What holds the rivals' kernels to an instruction set; read when their libraries are loaded.
+_HELD_TO = {
+    "avx2": {
+        "LADDER_KERNELS_CPU_ISA": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+    }
+}
+
+SHAPES = {
+    "SmolLM2-135M q, o": (576, 576),
+    "SmolLM2-135M gate, up": (1536, 576),
+    "SmolLM2-135M down": (576, 1536),
+    "Qwen2.5-1.5B q, o": (1536, 1536),
+    "Qwen2.5-1.5B gate, up": (8960, 1536),
+    "Qwen2.5-7B q, o": (3584, 3584),
+    "Qwen2.5-7B down": (3584, 18944),
+}
+"""``[N, K]`` of the layers that are timed, by name."""
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--isa", choices=sorted(_HELD_TO), help="hold every candidate to it")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048, 16, 4, 1], help="M")
+    parser.add_argument("--layer", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each layer and M")
+    options = parser.parse_args()
+    os.environ.update(_HELD_TO.get(options.isa, {}))
+    _run(options.rows, options.layer, options.seconds, options.isa)
+
+
+def _run(all_rows: list[int], layers: list[str], seconds: float, isa: str | None) -> None:
+    import torch
+
+    from bench import rows as results
+    from bench.peak import Peak
+    from bench.timing import alternate, verified
+
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    threads = torch.get_num_threads()
+    peak = Peak.measure(threads, isa)
+    print(
+        f"{results.device_name()}, {threads} threads: {peak.flops / 1e9:.0f} GFLOP/s, "
+        f"{peak.bytes_read / 1e9:.0f} GB/s read"
+    )
+    lines: list[list[str]] = []
+    found: list[results.Row] = []
+    for layer in layers:
+        for M in all_rows:
+            for dtype in (torch.float32, torch.bfloat16):
+                N, K = SHAPES[layer]
+                name = str(dtype).removeprefix("torch.")
+                candidates, expected = _candidates(M, N, K, dtype)
+                for candidate, call in candidates.items():
+                    verified(candidate, call(), *expected)
+                del expected
+                timed = alternate(candidates, seconds=seconds)
+                for candidate, quantiles in timed.items():
+                    found.append(
+                        results.Row(
+                            bench="nf4_linear",
+                            candidate=candidate + (f" [{isa}]" if isa else ""),
+                            model=layer,
+                            shape=f"M={M} N={N} K={K}",
+                            dtype=name,
+                            metric="seconds",
+                            low=quantiles.low,
+                            median=quantiles.median,
+                            high=quantiles.high,
+                            threads=threads,
+                            device=results.device_name(),
+                            evidence="measured",
+                            versions=results.versions("torch", "bitsandbytes"),
+                            commit=results.commit(),
+                        )
+                    )
+                ours = timed["ladder_kernels"].median
+                rate = 2 * M * N * K / ours
+                read = N * K / 2 / ours
+                lines.append(
+                    [
+                        layer,
+                        *(f"{M}", name, f"{ours * 1e3:.2f} ms"),
+                        f"{timed['bitsandbytes matmul_4bit'].median / ours:.2f}x",
+                        f"{timed['torch, dequantised'].median / ours:.2f}x",
+                        f"{100 * rate / peak.flops:.0f} %",
+                        f"{100 * read / peak.bytes_read:.0f} %",
+                    ]
+                )
+                print(" ".join(lines[-1]), flush=True)
+    path = results.write(found, "nf4_linear.csv")
+    header = ["layer", "M", "dtype", "ours", "bitsandbytes / ours", "dequantised torch / ours"]
+    print("\n" + results.table([*header, "of FMA peak", "packed bytes of read peak"], lines))
+    print(f"\nrows in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def _candidates(M: int, N: int, K: int, dtype: object) -> tuple[dict[str, Callable], tuple]:
+    """What to time, by name, and what verifies it: the same expression in torch, and exactly."""
+    import bitsandbytes
+    import torch
+    import torch.nn.functional as F
+
+    import ladder_kernels as lk
+
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{dtype} is no dtype")
+    weight = lk.quantize_nf4(torch.randn(N, K) / K**0.5)
+    packed, state = weight.to_bitsandbytes()
+    packed = packed.t()
+    dense = weight.dequantize(dtype)
+    x = torch.randn(M, K).to(dtype)
+    candidates = {
+        "ladder_kernels": lambda: lk.nf4_linear(x, weight),
+        "bitsandbytes matmul_4bit": lambda: bitsandbytes.matmul_4bit(x, packed, state),
+        "torch, dequantised": lambda: F.linear(x, dense),
+    }
+    return candidates, (F.linear(x, dense), F.linear(x.double(), dense.double()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""One row format for every result, in CSV files under ``bench/results/``."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+__all__ = ["RESULTS", "Row", "commit", "device_name", "table", "versions", "write"]
+
+RESULTS = Path(__file__).parent / "results"
+"""Where result files are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured (or otherwise obtained) figure.
+
+    Attributes:
+        bench: The benchmark, such as ``"nf4_linear"``.
+        candidate: What was measured: ours, or a rival with what it runs on.
+        model: Model whose shapes these are, or "".
+        shape: Sizes, such as ``"M=2048 N=3584 K=3584"``.
+        dtype: Of the activations.
+        metric: What ``low``, ``median`` and ``high`` are, with its unit.
+        low: 20 % quantile.
+        median: 50 % quantile.
+        high: 80 % quantile.
+        threads: CPU threads.
+        device: Processor or GPU.
+        evidence: "measured", "executed", "compiled" or "modelled".
+        versions: Of what matters.
+        commit: Of this repository; "+" marks uncommitted changes.
+    """
+
+    bench: str
+    candidate: str
+    model: str
+    shape: str
+    dtype: str
+    metric: str
+    low: float
+    median: float
+    high: float
+    threads: int
+    device: str
+    evidence: str
+    versions: str
+    commit: str
+
+    def key(self) -> tuple[object, ...]:
+        """What a newer row replaces an older one by."""
+        return (
+            *(self.bench, self.candidate, self.model, self.shape, self.dtype, self.metric),
+            *(self.threads, self.device, self.evidence),
+        )
+
+
+def write(rows: Iterable[Row], file: str) -> Path:
+    """Put rows into a results file; those already there with the same key are replaced.
+
+    Args:
+        rows: What to write.
+        file: Name under :data:`RESULTS`.
+
+    Returns:
+        The file's path.
+    """
+    path = RESULTS / file
+    kept: dict[tuple[object, ...], Row] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as old:
+            for values in csv.DictReader(old):
+                numbers = {name: float(values[name]) for name in ("low", "median", "high")}
+                row = Row(**{**values, **numbers, "threads": int(values["threads"])})
+                kept[row.key()] = row
+    for row in rows:
+        kept[row.key()] = row
+    RESULTS.mkdir(exist_ok=True)
+    beside = path.with_suffix(".new")
+    with beside.open("w", newline="", encoding="utf-8") as new:
+        writer = csv.DictWriter(new, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in kept.values():
+            values = asdict(row)
+            for name in ("low", "median", "high"):
+                values[name] = f"{values[name]:.6g}"
+            writer.writerow(values)
+    beside.replace(path)
+    return path
+
+
+def device_name() -> str:
+    """The processor's (or GPU's) name and what distinguishes it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    family = f"family {names.get('cpu family', '?')} model {names.get('model', '?')}"
+    flags = names.get("flags", "").split()
+    best = next((f for f in ("avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return " ".join(f"{names.get('model name', platform.machine())} ({family}, {best})".split())
+
+
+def versions(*packages: str) -> str:
+    """Installed versions of ``packages``, in one string."""
+    return " ".join(f"{name}={importlib.metadata.version(name)}" for name in packages)
+
+
+def commit() -> str:
+    """The repository's short commit; with "+" if files differ from it; "" outside git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    text = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    text += ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(text)

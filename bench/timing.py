@@ -1,0 +1,83 @@
+"""Timing that compares: candidates take turns within one run, so that drift hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+__all__ = ["Quantiles", "alternate", "verified"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantiles:
+    """Seconds of one candidate's calls: 20 %, 50 % and 80 % quantiles.
+
+    Attributes:
+        low: 20 % quantile.
+        median: 50 %.
+        high: 80 %.
+        calls: How many calls were timed.
+    """
+
+    low: float
+    median: float
+    high: float
+    calls: int
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, at_least: int = 7
+) -> dict[str, Quantiles]:
+    """Time candidates in turn.
+
+    Args:
+        candidates: What to call, by name. Each is called once beforehand, untimed.
+        seconds: How long all turns together may take, more or less.
+        at_least: Turns to take however long they are.
+
+    Returns:
+        Quantiles by name.
+    """
+    for call in candidates.values():
+        call()
+    spent: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds
+    turn = 0
+    while turn < at_least or time.perf_counter() < end:
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            spent[name].append(time.perf_counter() - start)
+        turn += 1
+    result = {}
+    for name, times in spent.items():
+        low, median, high = np.quantile(times, (0.2, 0.5, 0.8))
+        result[name] = Quantiles(low=low, median=median, high=high, calls=len(times))
+    return result
+
+
+def verified(
+    name: str, result: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor
+) -> torch.Tensor:
+    """Return ``result`` if it is as accurate as the design's tolerance rule asks; a timing counts
+    only then.
+
+    Args:
+        name: Of the candidate.
+        result: What it computed.
+        same_dtype: The plain PyTorch expression in the same dtype.
+        exact: The same in float64.
+
+    Raises:
+        RuntimeError: If its error exceeds twice that of ``same_dtype`` plus 1e-5 of the scale.
+    """
+    error = (result.double() - exact).abs().max().item()
+    allowed = 2 * (same_dtype.double() - exact).abs().max().item()
+    allowed += 1e-5 * exact.abs().max().item()
+    if not error <= allowed:
+        raise RuntimeError(f"{name}: error {error:.3g} exceeds {allowed:.3g}; not timed")
+    return result
