@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -81,11 +81,13 @@ Verbose = Annotated[
 """The option ``--verbose``, which every command has."""
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> None:
+def table(
+    columns: Sequence[str] | None, rows: Sequence[Sequence[str]], *, numbers: bool = False
+) -> None:
     """Print a table to stdout whose first column names the rows.
 
     Args:
-        columns: Their headings.
+        columns: Headings; ``None`` shows none.
         rows: Cells, as many as there are columns.
         numbers: Whether the other columns hold numbers, which are aligned to the right.
     """
@@ -93,8 +95,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: boo
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(show_edge=False, box=None, pad_edge=False)
-    for index, column in enumerate(columns):
+    grid = Table(show_edge=False, box=None, pad_edge=False, show_header=columns is not None)
+    for index, column in enumerate(columns or [""] * len(rows[0])):
         right = numbers and index > 0
         grid.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
-__all__ = ["go_offline_without_hub"]
+from ladder_kernels.errors import MissingFileError
+
+__all__ = ["check_model", "go_offline_without_hub"]
 
 _TIMEOUT = 5.0
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _DEFAULT = "https://huggingface.co"
 
 
@@ -56,3 +60,27 @@ def _hub_answers() -> bool:
             return True
     except OSError:
         return False
+
+
+def check_model(name: str, gguf_file: str | None = None) -> None:
+    """Refuse a model that is neither here nor, as far as can be seen quickly, on the hub.
+
+    Args:
+        name: File, folder or hub name.
+        gguf_file: A file in the hub's repository.
+
+    Raises:
+        MissingFileError: If there is no such file or folder and it cannot be a name on the hub, or
+            the hub cannot be reached and the model is not in its cache.
+    """
+    if Path(name).expanduser().exists():
+        return
+    if not _HUB_NAME.fullmatch(name):
+        raise MissingFileError(f"'{name}' does not exist")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not try_to_load_from_cache(name, gguf_file or "config.json"):
+        raise MissingFileError(
+            f"'{name}' is not a folder here, and the hub cannot be reached to look for a model of "
+            "that name"
+        )

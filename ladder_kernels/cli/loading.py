@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ladder_kernels.models.modeling import LadderForCausalLM
 
-__all__ = ["ModelOptions", "load", "tokenizer_of"]
+__all__ = ["ModelOptions", "device_of", "load", "tokenizer_of"]
 
 
 def _help(text: str, default: Any) -> Any:
@@ -78,12 +78,12 @@ def load(options: ModelOptions) -> tuple[LadderForCausalLM, bool]:
         base=options.base,
         gguf_file=options.gguf_file,
         dtype=options.dtype,
-        device=_device(options.device),
+        device=device_of(options.device),
     )
     return model, saved
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device of a name, by default a GPU where there is one.
 
     Raises:

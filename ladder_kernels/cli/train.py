@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ladder_kernels.cli.console import Verbose, print_json, table
-from ladder_kernels.cli.hub import go_offline_without_hub
+from ladder_kernels.cli.hub import check_model, go_offline_without_hub
+from ladder_kernels.cli.loading import device_of
 from ladder_kernels.cli.options import flags_of, given, make, read_config, with_flags
 from ladder_kernels.training.options import TrainOptions
 
@@ -53,10 +55,14 @@ def command(
         values["progress"] = False
     options = make(TrainOptions, values, where=", as a flag or in a --config file")
     go_offline_without_hub(options.model, options.data, options.eval_data)
+    check_model(options.model, options.gguf_file)
+    device_of(options.device)
 
     from ladder_kernels.training.run import train
 
     result = train(options)
+    if int(os.environ.get("RANK", "0")) != 0:  # of several processes one reports
+        return
     if as_json:
         print_json(dataclasses.asdict(result))
         return
@@ -70,6 +76,6 @@ def command(
     for name, measured in (("base", result.base), ("tuned", result.tuned)):
         if measured is not None:
             rows.append((f"held-out perplexity, {name}", f"{measured.perplexity:.4f}"))
-    table(("", ""), rows, numbers=True)
+    table(None, rows, numbers=True)
     print(f"saved to {result.output}")
     print(f"try it: ladder-kernels generate --model {result.output} 'your prompt'")

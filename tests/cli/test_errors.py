@@ -134,7 +134,7 @@ def test_yaml_file_that_is_missing_or_no_text(call, tmp_path):
         ((), ("--model, --output, --data must be given", "--config")),
         (("--model", "m", "--data", "d"), ("--output must be given",)),
         (("--contxt", "12"), ("--contxt", "--context", "train --help")),
-        (("--context", "twelve"), ("--context", "twelve")),
+        (("--context", "twelve"), ("--context", "integer")),
         (("--context",), ("--context",)),
         (("stray",), ("stray",)),
     ],
@@ -210,4 +210,4 @@ def test_prompts_that_cannot_be(call, base, other_base):
     call(*generate, base, "--raw", "x" * 64).assert_refused("64 tokens", "context of 64")
     call(*generate, base, "--raw", "--system", "be kind", "hi").assert_refused("system", "raw")
     call(*generate, other_base, "--chat", "hi").assert_refused("chat template", "--raw")
-    call(*generate, base, "--top-p", "1.5", "hi").assert_refused("--top-p", "1.5")
+    call(*generate, base, "--top-p", "1.5", "hi").assert_refused("--top-p")
