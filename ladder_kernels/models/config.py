@@ -390,7 +390,7 @@ class LadderModelConfig(PreTrainedConfig):
         shared = (
             "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id",
-            "pad_token_id",
+            "pad_token_id", "final_logit_softcapping",
         )  # fmt: skip
         options = {name: getattr(base, name) for name in shared if hasattr(base, name)}
         quantization = asdict(backbone.quantization)

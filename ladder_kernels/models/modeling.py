@@ -19,7 +19,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models import checkpoint, pretrained
@@ -327,6 +327,34 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         """
         raise UnsupportedModelError("the embeddings of a frozen backbone cannot be replaced")
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, as transformers means it.
+
+        Called as the model is, it returns the states that :meth:`get_output_embeddings` multiplies
+        (``last_hidden_state``, ``[B, S, D]``); a softcap of the logits is in the configuration, as
+        ``final_logit_softcapping``. Trainers with a loss of their own, such as TRL's, start here.
+        """
+        return _Headless(self)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The frozen head as a linear layer, sharing its memory unless it is quantised."""
+        head = self._backbone.head
+        weight = head if isinstance(head, torch.Tensor) else head.dequantize(self.dtype)
+        linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self._backbone.head_bias is not None:
+            linear.bias = nn.Parameter(self._backbone.head_bias, requires_grad=False)
+        return linear
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Refused: the head is frozen with the rest of the backbone.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError("the head of a frozen backbone cannot be replaced")
+
     def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
         """Refused: the vocabulary is frozen with the rest of the backbone.
 
@@ -421,15 +449,6 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
 
-        frozen = self._backbone.frozen_pass(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            layout=layout,
-            tap_layers=self.ladder.tap_layers if self._ladder_enabled else (),
-            tap_dtype=self.tap_dtype,
-            cache=cache,
-        )
-
         if return_logits is None:
             return_logits = labels is None or self.config.return_logits
         targets = None if labels is None else self._targets(labels, layout)
@@ -439,10 +458,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             select = targets != _IGNORE
         elif targets is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             select = (slice(None), _kept(logits_to_keep))
-        if self._ladder_enabled:
-            y = self.ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
-        else:
-            y = frozen.hidden if select is None else frozen.hidden[select]
+        y = self._top(input_ids, inputs_embeds, layout, cache, select)
         if targets is not None:
             wanted = targets != _IGNORE
             loss = self._loss(y if select is not None else y[wanted], targets[wanted])
@@ -462,6 +478,40 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=cache if use_cache else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    @staticmethod
+    def _given(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        return given
+
+    def _top(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        layout: SequenceLayout,
+        cache: Any,
+        select: Any = None,
+    ) -> torch.Tensor:
+        """``y`` before the final norm, ``[B, S, D]``, or ``[n, D]`` for the selected tokens."""
+        frozen = self._backbone.frozen_pass(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            layout=layout,
+            tap_layers=self.ladder.tap_layers if self._ladder_enabled else (),
+            tap_dtype=self.tap_dtype,
+            cache=cache,
+        )
+        if self._ladder_enabled:
+            return self.ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
+        return frozen.hidden if select is None else frozen.hidden[select]
+
+    def _before_head(self, y: torch.Tensor) -> torch.Tensor:
+        """What the head multiplies: ``y`` after the final norm, scaled as the logits are."""
+        hidden = self._backbone.final_norm(y)
+        scale = self._backbone.logit_scale
+        return hidden if scale == 1.0 else hidden * scale
 
     def _layout(
         self,
@@ -523,6 +573,33 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
                 softcap=backbone.softcap,
                 logit_scale=backbone.logit_scale,
             )
+
+
+class _Headless(nn.Module):
+    """A ladder model up to its head; parameters stay the model's."""
+
+    def __init__(self, model: LadderForCausalLM) -> None:
+        super().__init__()
+        object.__setattr__(self, "_model", model)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **options: Any,
+    ) -> BaseModelOutputWithPast:
+        """States before the head; arguments are those of the model's forward."""
+        model: Any = self._model
+        given = model._given(input_ids, inputs_embeds)
+        layout = model._layout(given, attention_mask, position_ids, past_key_values)
+        y = model._top(input_ids, inputs_embeds, layout, past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=model._before_head(y),
+            past_key_values=past_key_values,
+        )
 
 
 def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
