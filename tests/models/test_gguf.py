@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ladder_kernels.errors import CheckpointError, MissingFileError, UnsupportedModelError
+from ladder_kernels.models.gguf_source import GGUFSource
 from ladder_kernels.models.loading import backbone_from_transformers, load_backbone
 from ladder_kernels.nf4 import NF4Weight
 
@@ -111,17 +112,6 @@ SMALL = {"attention_bias": False, "mlp_bias": False}
             "gemma2",
             {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         ),
-        (
-            "gemma2",
-            "gemma2",
-            {
-                "attn_logit_softcapping": 50.0,
-                "final_logit_softcapping": 30.0,
-                "num_hidden_layers": 46,
-                "hidden_size": 96,
-                "query_pre_attn_scalar": 24,
-            },
-        ),
     ],
 )
 def test_float_file(
@@ -149,6 +139,15 @@ def test_float_file(
         assert error(logits(backbone, tokens), model(tokens, use_cache=False).logits) < LIMIT
     inside = load_backbone(tmp_path, gguf_file="tiny.gguf")
     assert inside.fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize(("layers", "scalar"), [(26, 16), (42, 16), (46, 24)])
+def test_attention_scale_of_gemma2(layers: int, scalar: int, tmp_path: Path, make: Any):
+    """The largest one's differs, and no metadata says so."""
+    model = make("gemma2", hidden_size=96)
+    model.config.num_hidden_layers = layers
+    path = write(tmp_path / "tiny.gguf", model, "gemma2", fields={"attention.sliding_window": 5})
+    assert GGUFSource(path).config.query_pre_attn_scalar == scalar
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
