@@ -162,7 +162,8 @@ def _encode_completion(
     ids = _end(tokenizer, encoding["input_ids"])
     labels = [IGNORE] * len(ids)
     for index, (begin, end) in enumerate(encoding["offset_mapping"]):
-        if len(start) <= begin < end:
+        # A token across the border has something of the completion in it.
+        if end > max(begin, len(start)):
             labels[index] = ids[index]
     if ids[-1:] == [tokenizer.eos_token_id]:
         labels[-1] = ids[-1]
@@ -228,12 +229,12 @@ def _end_of_answer(text: str, content: object) -> int:
 def _encode_spans(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
 ) -> Encoded:
-    """Tokens of a rendered chat; those that lie in ``spans`` of characters are learned."""
+    """Tokens of a rendered chat; those that reach into ``spans`` of characters are learned."""
     encoding = _tokens(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoding["input_ids"]
     labels = [IGNORE] * len(ids)
     for index, (begin, end) in enumerate(encoding["offset_mapping"]):
-        if any(start <= begin < end <= stop for start, stop in spans):
+        if any(begin < stop and start < end for start, stop in spans):
             labels[index] = ids[index]
     return ids, labels
 
