@@ -116,9 +116,9 @@ def _run(all_rows: list[int], layers: list[str], seconds: float, isa: str | None
 
 def _candidates(M: int, N: int, K: int, dtype: object) -> tuple[dict[str, Callable], tuple]:
     """What to time, by name, and what verifies it: the same expression in torch, and exactly."""
-    import bitsandbytes
     import torch
     import torch.nn.functional as F
+    from bitsandbytes.autograd._functions import matmul_4bit
 
     import ladder_kernels as lk
 
@@ -131,7 +131,7 @@ def _candidates(M: int, N: int, K: int, dtype: object) -> tuple[dict[str, Callab
     x = torch.randn(M, K).to(dtype)
     candidates = {
         "ladder_kernels": lambda: lk.nf4_linear(x, weight),
-        "bitsandbytes matmul_4bit": lambda: bitsandbytes.matmul_4bit(x, packed, state),
+        "bitsandbytes matmul_4bit": lambda: matmul_4bit(x, packed, state),
         "torch, dequantised": lambda: F.linear(x, dense),
     }
     return candidates, (F.linear(x, dense), F.linear(x.double(), dense.double()))

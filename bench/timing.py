@@ -63,8 +63,9 @@ def alternate(
 def verified(
     name: str, result: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``result`` if it is as accurate as the design's tolerance rule asks; a timing counts
-    only then.
+    """Return ``result`` if it is as accurate as the tolerance rule asks.
+
+    A timing counts only then.
 
     Args:
         name: Of the candidate.

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 1
+#define LK_ABI_VERSION 2
 
 typedef enum {
   LK_OK = 0,
@@ -88,6 +88,18 @@ LK_API lk_status lk_nf4_linear(const lk_nf4_matrix* weight, lk_dtype dtype, int6
 LK_API lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M,
                                           const void* grad, int64_t grad_stride, void* out,
                                           int32_t threads);
+
+/*
+ * out[m, n] = silu(sum_k x[m, k] * G[n, k]) * sum_k x[m, k] * U[n, k], rounded once, where
+ * silu(z) = z / (1 + exp(-z)).
+ *
+ *   G, U      rows = N, cols = K; as W of lk_nf4_linear
+ *   x         [M, K] of dtype, rows `x_stride` elements apart
+ *   out       [M, N] of dtype, contiguous; may not overlap x
+ */
+LK_API lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_dtype dtype,
+                               int64_t M, const void* x, int64_t x_stride, void* out,
+                               int32_t threads);
 
 #ifdef __cplusplus
 }

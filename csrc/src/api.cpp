@@ -22,15 +22,15 @@ std::vector<const lk::Kernels*> runnable() {
                       __builtin_cpu_supports("avx512dq");
 #endif
 #if defined(LK_HAVE_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&lk::kernels_avx512_bf16);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&lk::avx512_bf16::kernels);
 #endif
 #if defined(LK_HAVE_AVX512)
-  if (avx512) found.push_back(&lk::kernels_avx512);
+  if (avx512) found.push_back(&lk::avx512::kernels);
 #endif
 #if defined(LK_HAVE_AVX2)
-  if (avx2) found.push_back(&lk::kernels_avx2);
+  if (avx2) found.push_back(&lk::avx2::kernels);
 #endif
-  found.push_back(&lk::kernels_baseline);
+  found.push_back(&lk::baseline::kernels);
   return found;
 }
 
@@ -114,4 +114,17 @@ lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, lk_dtype dtype, 
   if (M > 1 && !empty && grad_stride < weight->rows) return LK_BAD_ARGUMENT;
   return chosen().load()->nf4_linear_transposed(
       {*weight, dtype, M, grad, grad_stride, nullptr, nullptr, 0, out, threads});
+}
+
+lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_dtype dtype,
+                        int64_t M, const void* x, int64_t x_stride, void* out, int32_t threads) {
+  if (!is_valid(gate) || !is_valid(up) || !is_valid(dtype) || M < 0 || threads < 1) {
+    return LK_BAD_ARGUMENT;
+  }
+  if (gate->rows != up->rows || gate->cols != up->cols) return LK_BAD_ARGUMENT;
+  if (M == 0 || gate->rows == 0) return LK_OK;
+  const bool empty = gate->cols == 0;
+  if (out == nullptr || (!empty && x == nullptr)) return LK_BAD_ARGUMENT;
+  if (M > 1 && !empty && x_stride < gate->cols) return LK_BAD_ARGUMENT;
+  return chosen().load()->nf4_swiglu({*gate, *up, dtype, M, x, x_stride, out, threads});
 }

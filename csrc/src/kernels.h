@@ -3,6 +3,9 @@
 
 #include "ladder_kernels.h"
 
+#define LK_NAME_(name) #name
+#define LK_NAME(name) LK_NAME_(name)
+
 namespace lk {
 
 struct LinearCall {
@@ -18,21 +21,40 @@ struct LinearCall {
   int32_t threads;
 };
 
+struct SwiGLUCall {
+  lk_nf4_matrix gate, up;
+  lk_dtype dtype;
+  int64_t M;
+  const void* x;
+  int64_t x_stride;
+  void* out;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
   lk_status (*nf4_linear_transposed)(const LinearCall&);
+  lk_status (*nf4_swiglu)(const SwiGLUCall&);
 };
 
-extern const Kernels kernels_baseline;
+namespace baseline {
+extern const Kernels kernels;
+}
 #if defined(LK_HAVE_AVX2)
-extern const Kernels kernels_avx2;
+namespace avx2 {
+extern const Kernels kernels;
+}
 #endif
 #if defined(LK_HAVE_AVX512)
-extern const Kernels kernels_avx512;
+namespace avx512 {
+extern const Kernels kernels;
+}
 #endif
 #if defined(LK_HAVE_AVX512_BF16)
-extern const Kernels kernels_avx512_bf16;
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 }  // namespace lk

@@ -2,8 +2,4 @@
 
 #define LK_ISA avx512
 #define LK_VECTOR_HEADER "vector_avx512.h"
-#include "nf4_linear.inc"
-
-namespace lk {
-const Kernels kernels_avx512{"avx512", avx512::nf4_linear, avx512::nf4_linear_transposed};
-}  // namespace lk
+#include "variant.inc"

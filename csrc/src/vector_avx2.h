@@ -16,6 +16,19 @@ struct V {
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float value) { return _mm256_set1_ps(value); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F divide(F a, F b) { return _mm256_div_ps(a, b); }
+  static F negate(F a) { return _mm256_sub_ps(_mm256_setzero_ps(), a); }
+  static F minimum(F a, F b) { return _mm256_min_ps(a, b); }
+  static F maximum(F a, F b) { return _mm256_max_ps(a, b); }
+  static F nearest(F a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // For n a whole number such that a and the result are normal.
+  static F times_power_of_two(F a, F n) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
+  }
   static F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static float sum(F a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -12,6 +12,15 @@ struct V {
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float value) { return _mm512_set1_ps(value); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F divide(F a, F b) { return _mm512_div_ps(a, b); }
+  static F negate(F a) { return _mm512_sub_ps(_mm512_setzero_ps(), a); }
+  static F minimum(F a, F b) { return _mm512_min_ps(a, b); }
+  static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+  static F nearest(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static F times_power_of_two(F a, F n) { return _mm512_scalef_ps(a, n); }
   static F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
 

@@ -29,7 +29,7 @@ __all__ = [
     "status",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"
@@ -160,6 +160,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(matrix, number, size, pointer, size, pointer, pointer, size, pointer, number),
         ),
         "lk_nf4_linear_transposed": (matrix, number, size, pointer, size, pointer, number),
+        "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
     }
     for name, arguments in signatures.items():
         function = getattr(loaded, name)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ladder_kernels import native, ops
@@ -20,18 +19,11 @@ ISAS = native.status().isas
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def set_isa(name: str) -> None:
-    library = native.library()
-    assert library is not None
-    assert library.lk_set_isa(name.encode()) == 0
-
-
-@pytest.fixture(autouse=True)
-def _best_isa_and_threads_afterwards() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    set_isa(ISAS[0])
-    torch.set_num_threads(threads)
+ANY_EXAMPLE = {
+    "deadline": None,
+    # The variant holds for all examples of a test.
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
 
 
 def check(assert_as_accurate, M, N, K, dtype, blocksize=64, double_quant=True, *, seed=0):
@@ -58,7 +50,7 @@ def test_this_machine_runs_the_library():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, **ANY_EXAMPLE)
 @given(
     dtype=st.sampled_from(DTYPES),
     M=st.integers(1, 300),
@@ -68,14 +60,16 @@ def test_this_machine_runs_the_library():
     double_quant=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_whole_blocks(assert_as_accurate, isa, dtype, M, N, blocks, blocksize, double_quant, seed):
-    set_isa(isa)
+def test_whole_blocks(
+    assert_as_accurate, use_isa, isa, dtype, M, N, blocks, blocksize, double_quant, seed
+):
+    use_isa(isa)
     K = blocks * blocksize
     check(assert_as_accurate, M, N, K, dtype, blocksize, double_quant, seed=seed)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, **ANY_EXAMPLE)
 @given(
     dtype=st.sampled_from(DTYPES),
     M=st.integers(1, 40),
@@ -86,9 +80,9 @@ def test_whole_blocks(assert_as_accurate, isa, dtype, M, N, blocks, blocksize, d
     seed=st.integers(0, 2**31),
 )
 def test_blocks_that_begin_anywhere_in_a_row(
-    assert_as_accurate, isa, dtype, M, N, K, blocksize, double_quant, seed
+    assert_as_accurate, use_isa, isa, dtype, M, N, K, blocksize, double_quant, seed
 ):
-    set_isa(isa)
+    use_isa(isa)
     check(assert_as_accurate, M, N, K, dtype, blocksize, double_quant, seed=seed)
 
 
@@ -103,16 +97,16 @@ def test_blocks_that_begin_anywhere_in_a_row(
         (40, 2100, 800),
     ],
 )
-def test_more_than_one_slice_or_piece(assert_as_accurate, isa, dtype, M, N, K):
-    set_isa(isa)
+def test_more_than_one_slice_or_piece(assert_as_accurate, use_isa, isa, dtype, M, N, K):
+    use_isa(isa)
     check(assert_as_accurate, M, N, K, dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 300])
-def test_any_number_of_threads_gives_the_same_bits(isa, dtype, M):
-    set_isa(isa)
+def test_any_number_of_threads_gives_the_same_bits(use_isa, isa, dtype, M):
+    use_isa(isa)
     weight = quantize_nf4(torch.randn(190, 832))
     x, grad = torch.randn(M, 832).to(dtype), torch.randn(M, 190).to(dtype)
     results = []
@@ -127,9 +121,9 @@ def test_any_number_of_threads_gives_the_same_bits(isa, dtype, M):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_weight_is_rounded_to_the_dtype_of_x(isa, dtype):
+def test_the_weight_is_rounded_to_the_dtype_of_x(use_isa, isa, dtype):
     """With x a unit vector the product is the dequantised weight itself, bit for bit."""
-    set_isa(isa)
+    use_isa(isa)
     weight = quantize_nf4(torch.randn(96, 128))
     x = torch.eye(128).to(dtype)
     for rows in (128, 8):
@@ -141,9 +135,9 @@ def test_the_weight_is_rounded_to_the_dtype_of_x(isa, dtype):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [2, 40])
-def test_values_that_are_not_finite(isa, rows):
+def test_values_that_are_not_finite(use_isa, isa, rows):
     """NaN and infinity stay in their row; overflow rounds to infinity, as torch rounds."""
-    set_isa(isa)
+    use_isa(isa)
     weight = quantize_nf4(torch.ones(32, 64))
     for dtype in DTYPES:
         x = torch.ones(rows, 64, dtype=dtype)
@@ -158,8 +152,8 @@ def test_values_that_are_not_finite(isa, rows):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_float16_subnormals(isa):
-    set_isa(isa)
+def test_float16_subnormals(use_isa, isa):
+    use_isa(isa)
     weight = quantize_nf4(torch.ones(4, 64), double_quant=False)
     tiny = torch.arange(1, 64).view(-1, 1) * 2.0**-24
     x = torch.cat((tiny, torch.zeros(63, 63)), dim=1).half()
@@ -203,7 +197,8 @@ def test_reads_nothing_beyond_its_inputs():
             assert out.isfinite().all()
 
 
-def test_two_threads_of_python_at_once():
+def test_two_threads_of_python_at_once(use_isa):
+    use_isa(ISAS[0])
     weight = quantize_nf4(torch.randn(300, 512))
     inputs = [torch.randn(rows, 512) for rows in (1, 40, 7, 130) for _ in range(8)]
     wanted = [cpu.nf4_linear(x, weight) for x in inputs]

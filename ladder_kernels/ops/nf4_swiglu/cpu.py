@@ -1,0 +1,62 @@
+"""The gated half of a SwiGLU MLP on the native CPU kernels (``csrc/src/nf4_swiglu.inc``).
+
+Both products and the activation are float32 and rounded once together. The backward pass computes
+both products again, some rows of x at a time, so that its workspace does not grow with M.
+float64 has no native kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.ops import _native
+from ladder_kernels.ops._numeric import blocks
+from ladder_kernels.ops.nf4_linear import cpu as linear
+
+__all__ = ["nf4_swiglu", "nf4_swiglu_backward", "unsupported"]
+
+_BACKWARD_NUMBERS = 1 << 21
+"""Numbers of each of the backward's [rows of x, N] temporaries."""
+
+
+def unsupported(x: Tensor, *_: object) -> str | None:
+    """Say why a call with ``x`` cannot run natively; ``None`` if it can."""
+    return _native.unsupported(x)
+
+
+def nf4_swiglu(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
+    """Return ``silu(x @ Wg^T) * (x @ Wu^T)``; as the reference's."""
+    x = _native.adjacent_columns(x)
+    out = x.new_empty((x.shape[0], w_gate.shape[0]))
+    code = _native.library().lk_nf4_swiglu(
+        _native.matrix(w_gate),
+        _native.matrix(w_up),
+        _native.DTYPES[x.dtype],
+        x.shape[0],
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _native.check(code)
+    return out
+
+
+def nf4_swiglu_backward(grad: Tensor, x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
+    """Return the gradient to ``x`` ``[M, K]`` from ``grad`` ``[M, N]``; as the reference's."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tokens = max(64, _BACKWARD_NUMBERS // max(1, w_gate.shape[0]))
+    for start, stop in blocks(x.shape[0], tokens):
+        rows = x[start:stop]
+        gate = linear.nf4_linear(rows, w_gate).float()
+        up = linear.nf4_linear(rows, w_up).float()
+        along = grad[start:stop].float()
+        sigmoid = gate.sigmoid()
+        dgate = (along * up * sigmoid * (1 + gate * (1 - sigmoid))).to(x.dtype)
+        dup = (along * gate * sigmoid).to(x.dtype)
+        through_gate = linear.nf4_linear_transposed(dgate, w_gate)
+        through_up = linear.nf4_linear_transposed(dup, w_up)
+        torch.add(through_gate, through_up, out=out[start:stop])
+    return out
