@@ -123,7 +123,7 @@ def make(
     missing = [
         "--" + (names or {}).get(field.name, field.name).replace("_", "-")
         for field in dataclasses.fields(record)
-        if field.default is dataclasses.MISSING and values.get(field.name) is None
+        if field.default is dataclasses.MISSING and values.get(field.name) in (None, "")
     ]
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given{where}")

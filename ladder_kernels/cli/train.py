@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,4 +79,6 @@ def command(
             rows.append((f"held-out perplexity, {name}", f"{measured.perplexity:.4f}"))
     table(None, rows, numbers=True)
     print(f"saved to {result.output}")
-    print(f"try it: ladder-kernels generate --model {result.output} 'your prompt'")
+    print(
+        f"try it: ladder-kernels generate --model {shlex.quote(str(result.output))} 'your prompt'"
+    )

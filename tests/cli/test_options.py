@@ -103,6 +103,7 @@ def test_values_of_the_wrong_type(values, message):
         make(Record, {"name": "a", **values})
 
 
-def test_missing_values_are_named_as_flags():
+@pytest.mark.parametrize("values", [{"count": 1}, {"name": ""}, {"name": None}])
+def test_missing_values_are_named_as_flags(values):
     with pytest.raises(ConfigError, match=r"^--title must be given, as a flag$"):
-        make(Record, {"count": 1}, where=", as a flag", names={"name": "title"})
+        make(Record, values, where=", as a flag", names={"name": "title"})
