@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 2
+#define LK_ABI_VERSION 3
 
 typedef enum {
   LK_OK = 0,
@@ -48,6 +48,15 @@ typedef struct {
   int64_t cols;
   int64_t blocksize;
 } lk_nf4_matrix;
+
+/* A matrix [rows, cols] of floats, rows `stride` elements apart, elements of a row adjacent. */
+typedef struct {
+  const void* data;
+  lk_dtype dtype;
+  int64_t rows;
+  int64_t cols;
+  int64_t stride;
+} lk_dense_matrix;
 
 /* LK_ABI_VERSION of the library that was loaded. */
 LK_API int32_t lk_abi_version(void);
@@ -100,6 +109,29 @@ LK_API lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, lk_dtype 
 LK_API lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_dtype dtype,
                                int64_t M, const void* x, int64_t x_stride, void* out,
                                int32_t threads);
+
+/*
+ * For i in [0, count), with t = tokens[i]:
+ *
+ *   z[v]    = logit_scale * sum_d hidden[t, d] * head[v, d],   l = softcap * tanh(z / softcap), or
+ * z lse[t]  = logsumexp(l) loss[t] = lse[t] - l[labels[t]] grad[t] = d loss[t] / d hidden[t]
+ *
+ *   nf4_head, dense_head  rows = V, cols = D; one of the two, the other NULL. An NF4 head is
+ *                         dequantised to dtype, a dense one may have another dtype.
+ *   hidden                [T, D] of dtype, rows `hidden_stride` elements apart
+ *   tokens                [count], which rows count, each in [0, T)
+ *   labels                [T], in [0, V) where they count
+ *   softcap               above 0; 0 for none
+ *   loss, lse             [T] float32; only the rows that count are written
+ *   grad                  [T, D] of dtype, rows `grad_stride` elements apart, as loss; or NULL
+ */
+LK_API lk_status lk_linear_cross_entropy(const lk_nf4_matrix* nf4_head,
+                                         const lk_dense_matrix* dense_head, lk_dtype dtype,
+                                         const void* hidden, int64_t hidden_stride,
+                                         const int64_t* tokens, const int64_t* labels,
+                                         int64_t count, float softcap, float logit_scale,
+                                         float* loss, float* lse, void* grad, int64_t grad_stride,
+                                         int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -46,6 +46,16 @@ std::atomic<const lk::Kernels*>& chosen() {
 
 bool is_power_of_two(int64_t value) { return value > 0 && (value & (value - 1)) == 0; }
 
+bool is_valid(lk_dtype dtype) {
+  return dtype == LK_FLOAT32 || dtype == LK_BFLOAT16 || dtype == LK_FLOAT16;
+}
+
+bool is_valid(const lk_dense_matrix* weight) {
+  return weight->rows >= 0 && weight->cols >= 0 && is_valid(weight->dtype) &&
+         (weight->rows <= 1 || weight->stride >= weight->cols) &&
+         (weight->data != nullptr || weight->rows == 0 || weight->cols == 0);
+}
+
 bool is_valid(const lk_nf4_matrix* weight) {
   if (weight == nullptr || weight->rows < 0 || weight->cols < 0) return false;
   if (weight->blocksize < 16 || !is_power_of_two(weight->blocksize)) return false;
@@ -54,10 +64,6 @@ bool is_valid(const lk_nf4_matrix* weight) {
   const bool nested = weight->absmax_q8 != nullptr && weight->nested_absmax != nullptr &&
                       weight->nested_code != nullptr && weight->nested_offset != nullptr;
   return (weight->absmax != nullptr) != nested;
-}
-
-bool is_valid(lk_dtype dtype) {
-  return dtype == LK_FLOAT32 || dtype == LK_BFLOAT16 || dtype == LK_FLOAT16;
 }
 
 }  // namespace
@@ -127,4 +133,23 @@ lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_d
   if (out == nullptr || (!empty && x == nullptr)) return LK_BAD_ARGUMENT;
   if (M > 1 && !empty && x_stride < gate->cols) return LK_BAD_ARGUMENT;
   return chosen().load()->nf4_swiglu({*gate, *up, dtype, M, x, x_stride, out, threads});
+}
+
+lk_status lk_linear_cross_entropy(const lk_nf4_matrix* nf4_head, const lk_dense_matrix* dense_head,
+                                  lk_dtype dtype, const void* hidden, int64_t hidden_stride,
+                                  const int64_t* tokens, const int64_t* labels, int64_t count,
+                                  float softcap, float logit_scale, float* loss, float* lse,
+                                  void* grad, int64_t grad_stride, int32_t threads) {
+  if ((nf4_head != nullptr) == (dense_head != nullptr)) return LK_BAD_ARGUMENT;
+  if (nf4_head != nullptr ? !is_valid(nf4_head) : !is_valid(dense_head)) return LK_BAD_ARGUMENT;
+  if (!is_valid(dtype) || count < 0 || threads < 1 || !(softcap >= 0)) return LK_BAD_ARGUMENT;
+  if (count == 0) return LK_OK;
+  const int64_t rows = nf4_head != nullptr ? nf4_head->rows : dense_head->rows;
+  const int64_t cols = nf4_head != nullptr ? nf4_head->cols : dense_head->cols;
+  if (rows == 0 || tokens == nullptr || labels == nullptr) return LK_BAD_ARGUMENT;
+  if (loss == nullptr || lse == nullptr || (cols > 0 && hidden == nullptr)) return LK_BAD_ARGUMENT;
+  if (hidden_stride < 0 || grad_stride < 0) return LK_BAD_ARGUMENT;
+  return chosen().load()->linear_cross_entropy({nf4_head, dense_head, dtype, hidden, hidden_stride,
+                                                tokens, labels, count, softcap, logit_scale, loss,
+                                                lse, grad, grad_stride, threads});
 }

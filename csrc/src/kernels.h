@@ -31,11 +31,29 @@ struct SwiGLUCall {
   int32_t threads;
 };
 
+struct CrossEntropyCall {
+  const lk_nf4_matrix* nf4_head;  // one of the two heads is set
+  const lk_dense_matrix* dense_head;
+  lk_dtype dtype;
+  const void* hidden;
+  int64_t hidden_stride;
+  const int64_t* tokens;
+  const int64_t* labels;
+  int64_t count;
+  float softcap, logit_scale;
+  float* loss;
+  float* lse;
+  void* grad;
+  int64_t grad_stride;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
   lk_status (*nf4_linear_transposed)(const LinearCall&);
   lk_status (*nf4_swiglu)(const SwiGLUCall&);
+  lk_status (*linear_cross_entropy)(const CrossEntropyCall&);
 };
 
 namespace baseline {

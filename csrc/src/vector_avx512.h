@@ -12,9 +12,11 @@ struct V {
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float value) { return _mm512_set1_ps(value); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
   static F divide(F a, F b) { return _mm512_div_ps(a, b); }
   static F negate(F a) { return _mm512_sub_ps(_mm512_setzero_ps(), a); }
+  // The second operand where either is NaN.
   static F minimum(F a, F b) { return _mm512_min_ps(a, b); }
   static F maximum(F a, F b) { return _mm512_max_ps(a, b); }
   static F nearest(F a) {

@@ -16,9 +16,11 @@ struct V {
   static F zero() { return F{0.0f, 0.0f, 0.0f, 0.0f}; }
   static F set1(float value) { return F{value, value, value, value}; }
   static F add(F a, F b) { return a + b; }
+  static F subtract(F a, F b) { return a - b; }
   static F multiply(F a, F b) { return a * b; }
   static F divide(F a, F b) { return a / b; }
   static F negate(F a) { return -a; }
+  // The second operand where either is NaN.
   static F minimum(F a, F b) { return a < b ? a : b; }
   static F maximum(F a, F b) { return a > b ? a : b; }
   // For |a| below 2^22: adding 1.5 * 2^23 rounds to a whole number.
@@ -29,8 +31,9 @@ struct V {
   // For n a whole number such that a and the result are normal.
   static F times_power_of_two(F a, F n) {
     for (int i = 0; i < kWidth; ++i) {
-      const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(n[i])) << 23;
-      a[i] = float_of(bits_of(a[i]) + exponent);
+      // n + 1.5 * 2^23 has n in its lowest bits.
+      const uint32_t exponent = bits_of(n[i] + 12582912.0f) << 23;
+      if (a[i] == a[i]) a[i] = float_of(bits_of(a[i]) + exponent);
     }
     return a;
   }

@@ -22,6 +22,7 @@ __all__ = [
     "ABI_VERSION",
     "ISA_VARIABLE",
     "MODULE",
+    "DenseMatrix",
     "NF4Matrix",
     "Status",
     "library",
@@ -29,7 +30,7 @@ __all__ = [
     "status",
 ]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"
@@ -52,6 +53,18 @@ class NF4Matrix(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("blocksize", ctypes.c_int64),
+    )
+
+
+class DenseMatrix(ctypes.Structure):
+    """``lk_dense_matrix``: a pointer to floats, their dtype, and sizes."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
     )
 
 
@@ -160,6 +173,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(matrix, number, size, pointer, size, pointer, pointer, size, pointer, number),
         ),
         "lk_nf4_linear_transposed": (matrix, number, size, pointer, size, pointer, number),
+        "lk_linear_cross_entropy": (
+            *(matrix, ctypes.POINTER(DenseMatrix), number, pointer, size, pointer, pointer, size),
+            *(ctypes.c_float, ctypes.c_float, pointer, pointer, pointer, size, number),
+        ),
         "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
     }
     for name, arguments in signatures.items():

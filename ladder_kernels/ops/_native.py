@@ -11,7 +11,16 @@ from ladder_kernels import native
 from ladder_kernels.errors import BackendError
 from ladder_kernels.nf4 import NF4Weight
 
-__all__ = ["DTYPES", "adjacent_columns", "check", "library", "matrix", "pointer", "unsupported"]
+__all__ = [
+    "DTYPES",
+    "adjacent_columns",
+    "check",
+    "dense_matrix",
+    "library",
+    "matrix",
+    "pointer",
+    "unsupported",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """``lk_dtype`` of each dtype that has native kernels."""
@@ -79,3 +88,8 @@ def matrix(weight: NF4Weight) -> native.NF4Matrix:
         *weight.shape,
         weight.blocksize,
     )
+
+
+def dense_matrix(value: Tensor) -> native.DenseMatrix:
+    """Return a matrix with adjacent columns as ``lk_dense_matrix``; it must outlive the call."""
+    return native.DenseMatrix(value.data_ptr(), DTYPES[value.dtype], *value.shape, value.stride(0))

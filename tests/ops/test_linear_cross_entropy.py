@@ -16,6 +16,8 @@ from ladder_kernels.ops.linear_cross_entropy import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
 
 def plain(hidden, head, labels, ignore_index=-100, reduction="mean", softcap=None, logit_scale=1.0):
     logits = F.linear(hidden, head) * logit_scale

@@ -30,7 +30,7 @@ from ladder_kernels.errors import ConfigError
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops._numeric import accumulation_dtype, blocks
 
-__all__ = ["TOKENS", "VOCABULARY", "head_grad", "linear_cross_entropy"]
+__all__ = ["TOKENS", "VOCABULARY", "head_grad", "kept_tokens", "linear_cross_entropy"]
 
 TOKENS = 1024
 """Tokens of one block."""
@@ -66,7 +66,7 @@ def linear_cross_entropy(
         ConfigError: a label is neither ``ignore_index`` nor a row of the head.
     """
     dtype = accumulation_dtype(hidden.dtype)
-    kept = _kept(labels, ignore_index, head.shape[0])
+    kept = kept_tokens(labels, ignore_index, head.shape[0])
     loss = hidden.new_zeros(labels.shape, dtype=dtype)
     lse = torch.zeros_like(loss)
     grad = hidden.new_zeros((hidden.shape[0] if need_grad else 0, hidden.shape[1]))
@@ -98,7 +98,7 @@ def head_grad(
     returned. Logits are computed again, block by block.
     """
     dtype = accumulation_dtype(hidden.dtype)
-    kept = _kept(labels, ignore_index, head.shape[0])
+    kept = kept_tokens(labels, ignore_index, head.shape[0])
     result = torch.empty_like(head, memory_format=torch.contiguous_format)
     for first, last in blocks(head.shape[0], VOCABULARY):
         weight = head[first:last].to(dtype)
@@ -113,8 +113,12 @@ def head_grad(
     return result
 
 
-def _kept(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
-    """Indices of the tokens that count, after checking that their labels are rows of the head."""
+def kept_tokens(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
+    """Return the indices of the tokens that count, int64.
+
+    Raises:
+        ConfigError: A label is neither ``ignore_index`` nor a row of the head.
+    """
     kept = (labels != ignore_index).nonzero().squeeze(1)
     if kept.numel() > 0:
         low, high = (int(bound) for bound in labels[kept].aminmax())
