@@ -134,7 +134,10 @@ def _load(name: str, split: str, builder: str, **options: Any) -> datasets.Datas
             f"{_line(error)}"
         ) from None
     except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(f"{name}: cannot be read: {_line(error.__cause__ or error)}") from None
+        message = _line(error.__cause__ or error)
+        if "corresponds to no data" in message:
+            raise DataError(f"{name}: found no rows; there must be at least one") from None
+        raise DataError(f"{name}: cannot be read: {message}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded and len(loaded) > 1:
             names = ", ".join(map(str, loaded.keys()))
