@@ -27,6 +27,17 @@ from ladder_kernels.errors import CheckpointError, MissingFileError, Unsupported
 __all__ = ["GGUFSource"]
 
 
+class _Names:
+    """A model without its submodules: transformers' function would ask each for its names again."""
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config
+        self.state_dict = model.state_dict
+
+    def named_children(self) -> tuple[()]:
+        return ()
+
+
 class GGUFSource:
     """A GGUF file as a source of float tensors.
 
@@ -140,7 +151,7 @@ class GGUFSource:
             config = copy.deepcopy(self.config)
             with init_empty_weights():
                 model = AutoModelForCausalLM.from_config(config)
-            theirs = get_gguf_hf_weights_map(model, self._processor)
+            theirs = get_gguf_hf_weights_map(_Names(model), self._processor)
             self._names = {ours: name for name, ours in theirs.items() if name in self._tensors}
         return self._names
 

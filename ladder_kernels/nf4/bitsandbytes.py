@@ -1,4 +1,9 @@
-"""Interchange with bitsandbytes in memory; nothing is copied."""
+"""Interchange with bitsandbytes in memory; nothing is copied.
+
+The bits are the same on both sides, whatever the shape. What bitsandbytes 0.50 computes with them
+on a CPU is not always: where a row is even but no whole number of blocks (seen with AVX-512), its
+kernel reads the wrong scales.
+"""
 
 from __future__ import annotations
 
