@@ -9,7 +9,8 @@ struct V {
   static constexpr int kWidth = 8;
   static constexpr int kTileRows = 6;  // 6 x 2 sums, 2 weights, 1 activation: 15 of 16 registers
   static constexpr int kTileVectors = 2;
-  static constexpr int kDotRows = 8;  // rows of x that one reading of the weights serves
+  static constexpr int kDotSums = 4;  // sums of a few rows' products in registers at once
+  static constexpr int kDotRows = 4;  // rows of x that one reading of the weights serves
 
   static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
 
@@ -81,6 +82,15 @@ struct V {
     out[1] = look_up_eight(bytes + 4, table);
   }
 
+  // The values of the 16 indices in 8 bytes: the even ones, which are the high nibbles, and the
+  // odd.
+  static void look_up_split(const uint8_t* bytes, const Table& table, F& even, F& odd) {
+    const __m256i lanes =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    even = choose(_mm256_srli_epi32(lanes, 4), table);
+    odd = choose(lanes, table);
+  }
+
   static void transpose(F* row) {
     F pair[8];
     for (int i = 0; i < 8; i += 2) {
@@ -112,6 +122,11 @@ struct V {
                                                      static_cast<int64_t>(0x8080800180808001ull),
                                                      static_cast<int64_t>(0x8080800080808000ull)));
     const __m256i index = _mm256_srlv_epi32(spread, _mm256_set1_epi64x(4));
+    return choose(index, table);
+  }
+
+  // The values of the indices in the low four bits of each lane.
+  static F choose(__m256i index, const Table& table) {
     const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
                             _mm256_permutevar8x32_ps(table.high, index), upper);

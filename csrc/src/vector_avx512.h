@@ -7,7 +7,8 @@ struct V {
   static constexpr int kWidth = 16;
   static constexpr int kTileRows = 14;  // 14 x 2 sums, 2 weights, 1 activation: 31 of 32 registers
   static constexpr int kTileVectors = 2;
-  static constexpr int kDotRows = 16;  // rows of x that one reading of the weights serves
+  static constexpr int kDotSums = 24;  // sums of a few rows' products in registers at once
+  static constexpr int kDotRows = 6;   // rows of x that one reading of the weights serves
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float value) { return _mm512_set1_ps(value); }
@@ -58,8 +59,13 @@ struct V {
   static Table table(float scale) {
     const F values = _mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(scale));
     if constexpr (DT == LK_BFLOAT16) {
+      // Without bf16_bits' care for NaN: the one that arithmetic makes stays one.
+      const __m512i bits = _mm512_castps_si512(values);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i rounded =
+          _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
       return _mm512_castsi512_ps(
-          _mm512_and_si512(bf16_bits(values), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+          _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
     if constexpr (DT == LK_FLOAT16) {
       return _mm512_cvtph_ps(
@@ -81,6 +87,15 @@ struct V {
                          0x8080800180808001, 0x8080800080808000));
     const __m512i index = _mm512_srlv_epi32(spread, _mm512_set1_epi64(4));
     out[0] = _mm512_permutexvar_ps(index, table);
+  }
+
+  // The values of the 32 indices in 16 bytes: the even ones, which are the high nibbles, and the
+  // odd.
+  static void look_up_split(const uint8_t* bytes, Table table, F& even, F& odd) {
+    const __m512i lanes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    even = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4), table);
+    odd = _mm512_permutexvar_ps(lanes, table);
   }
 
   static void transpose(F* row) {
@@ -117,6 +132,13 @@ struct V {
   static F pair(F even, F odd) {
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
     return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(odd)));
+  }
+
+  // The same as look_up_split, as pairs of bfloat16.
+  static F look_up_pairs(const uint8_t* bytes, Table table) {
+    F even, odd;
+    look_up_split(bytes, table, even, odd);
+    return pair(even, odd);
   }
 
   // c plus both products of the bfloat16 pairs in each lane.

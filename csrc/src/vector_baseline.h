@@ -9,6 +9,7 @@ struct V {
   static constexpr int kWidth = 4;
   static constexpr int kTileRows = 4;  // 4 x 2 sums, 2 weights, 1 activation: 11 of 16 registers
   static constexpr int kTileVectors = 2;
+  static constexpr int kDotSums = 4;  // sums of a few rows' products in registers at once
   static constexpr int kDotRows = 4;  // rows of x that one reading of the weights serves
 
   static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
@@ -79,6 +80,14 @@ struct V {
       const uint8_t first = bytes[2 * i], second = bytes[2 * i + 1];
       out[i] = F{table.value[first >> 4], table.value[first & 15], table.value[second >> 4],
                  table.value[second & 15]};
+    }
+  }
+
+  // The values of the 8 indices in 4 bytes: the even ones, which are the high nibbles, and the odd.
+  static void look_up_split(const uint8_t* bytes, const Table& table, F& even, F& odd) {
+    for (int i = 0; i < kWidth; ++i) {
+      even[i] = table.value[bytes[i] >> 4];
+      odd[i] = table.value[bytes[i] & 15];
     }
   }
 
