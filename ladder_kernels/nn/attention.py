@@ -7,12 +7,30 @@ both.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from ladder_kernels.errors import ConfigError
 
-__all__ = ["SequenceLayout", "attend"]
+__all__ = ["SequenceLayout", "Stretch", "attend"]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring tokens of one sequence: a document, or padding.
+
+    Attributes:
+        start: First token.
+        stop: One past the last.
+        padding: Whether they are padding, which nobody reads.
+    """
+
+    start: int
+    stop: int
+    padding: bool
 
 
 class SequenceLayout:
@@ -49,6 +67,8 @@ class SequenceLayout:
         self.padding = padding
         self.documents = documents
         self._masks: dict[int | None, torch.Tensor | None] = {}
+        self._stretches: list[list[Stretch]] | None = None
+        self._stretches_found = False
 
     @classmethod
     def build(
@@ -137,6 +157,44 @@ class SequenceLayout:
             documents=None if self.documents is None else self.documents.to(device),
         )
 
+    def stretches(self) -> list[list[Stretch]] | None:
+        """The documents of each sequence as stretches, in order and without gaps.
+
+        Tokens see tokens of their own stretch only, so attention may take one stretch at a time:
+        its cost falls from the square of the row's length to the squares of the documents'.
+
+        Returns:
+            A list for each sequence; ``None`` where there is one document without padding in each,
+            where there is a past, or where padding interrupts a document.
+        """
+        if not self._stretches_found:
+            self._stretches = self._find_stretches()
+            self._stretches_found = True
+        return self._stretches
+
+    def _find_stretches(self) -> list[list[Stretch]] | None:
+        if self.past_length > 0 or (self.padding is None and self.documents is None):
+            return None
+        numbers = self.documents
+        if numbers is None:
+            numbers = torch.zeros_like(self.position_ids)
+        if self.padding is not None:
+            numbers = torch.where(self.padding, numbers, -1)
+        found = []
+        for row in numbers.cpu():
+            values, lengths = (part.tolist() for part in row.unique_consecutive(return_counts=True))
+            documents = [number for number in values if number >= 0]
+            if len(set(documents)) < len(documents):
+                return None
+            stops = list(itertools.accumulate(lengths))
+            found.append(
+                [
+                    Stretch(stop - length, stop, number < 0)
+                    for number, length, stop in zip(values, lengths, stops, strict=True)
+                ]
+            )
+        return found
+
     def mask(self, window: int | None = None) -> torch.Tensor | None:
         """Who may look at whom.
 
@@ -146,9 +204,9 @@ class SequenceLayout:
 
         Returns:
             bool ``[B or 1, 1, S, total]``, true where the row's token sees the column's. Every row
-            has at least one true: a padded token sees itself, which keeps NaN out of what nobody
-            reads. ``None`` when plain causal attention says the same (all ``S`` tokens new, or a
-            single one).
+            has at least one true: a padded token sees itself alone, which keeps NaN out of what
+            nobody reads. ``None`` when plain causal attention says the same (all ``S`` tokens new,
+            or a single one).
         """
         if window is not None and window >= self.total:
             window = None
@@ -169,7 +227,8 @@ class SequenceLayout:
         if self.documents is not None:
             seen = seen & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
         if self.padding is not None:
-            seen = (seen & self.padding[:, None, None, :]) | (columns == rows)
+            real = self.padding[:, None, None, :]
+            seen = (seen & real & real[..., self.past_length :].transpose(2, 3)) | (columns == rows)
         return seen
 
 
@@ -213,9 +272,54 @@ def attend(
     Returns:
         ``[B, S, H * hd]``, in the dtype of ``q``.
     """
-    mask = layout.mask(window)
-    if mask is not None and k.shape[2] < mask.shape[-1]:
-        mask = mask[..., mask.shape[-1] - k.shape[2] :]
+    stretches = layout.stretches()
+    if stretches is not None:
+        out = _attend_stretches(q, k, v, stretches, window, scale)
+    else:
+        mask = layout.mask(window)
+        if mask is not None and k.shape[2] < mask.shape[-1]:
+            mask = mask[..., mask.shape[-1] - k.shape[2] :]
+        out = _attend(q, k, v, mask, scale, causal=layout.length > 1)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attend_stretches(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    stretches: list[list[Stretch]],
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention inside each stretch; a padded token sees itself."""
+    groups = q.shape[1] // k.shape[1]
+    rows = []
+    for row, own in enumerate(stretches):
+        pieces = []
+        for stretch in own:
+            queries, keys, values = (
+                t[row : row + 1, :, stretch.start : stretch.stop] for t in (q, k, v)
+            )
+            if stretch.padding:
+                pieces.append(values.repeat_interleave(groups, dim=1))
+                continue
+            alone = SequenceLayout.build(1, stretch.stop - stretch.start, device=q.device)
+            mask = alone.mask(window)
+            pieces.append(_attend(queries, keys, values, mask, scale, causal=alone.length > 1))
+        rows.append(torch.cat(pieces, dim=2))
+    return torch.cat(rows)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    *,
+    causal: bool,
+) -> torch.Tensor:
+    """Attention under a mask, or plain causal without one; ``[B, H, S, hd]``."""
     groups = q.shape[1] // k.shape[1]
     # CPU attention reads shared heads in place. On a GPU only the flash kernel does (half
     # precision, no mask); the others would fall back to materialised scores, which cost far more
@@ -225,13 +329,12 @@ def attend(
     )
     if groups > 1 and not in_place:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = nn.functional.scaled_dot_product_attention(
+    return nn.functional.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None and layout.length > 1,
+        is_causal=mask is None and causal,
         scale=scale,
         enable_gqa=groups > 1 and in_place,
     )
-    return out.transpose(1, 2).flatten(2)

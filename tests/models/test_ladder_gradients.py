@@ -86,7 +86,8 @@ def visible(kind: str, mask: torch.Tensor, positions: torch.Tensor) -> torch.Ten
             documents.append(document)
         for i in range(length):
             for j in range(i + 1):
-                seen[b, i, j] = i == j or (bool(mask[b, j]) and documents[i] == documents[j])
+                both = bool(mask[b, i]) and bool(mask[b, j])  # padding sees itself alone
+                seen[b, i, j] = i == j or (both and documents[i] == documents[j])
     return seen
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
 from ladder_kernels.errors import ConfigError
-from ladder_kernels.nn.attention import SequenceLayout, attend
+from ladder_kernels.nn.attention import SequenceLayout, Stretch, attend
 
 
 def seen(layout: SequenceLayout, window: int | None = None) -> torch.Tensor:
@@ -34,7 +36,7 @@ def expected(
         at = row + past
         for column in range(at + 1):
             ok = window is None or at - column < window
-            if padding is not None and not padding[column]:
+            if padding is not None and not (padding[column] and padding[at]):
                 ok = False
             if documents is not None and documents[at] != documents[column]:
                 ok = False
@@ -144,6 +146,66 @@ def test_moves_with_the_model():
 def test_shapes_that_do_not_fit(arguments: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         SequenceLayout.build(2, 5, **arguments)
+
+
+def test_stretches():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 2]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
+    layout = SequenceLayout.build(2, 7, attention_mask=mask, position_ids=positions)
+    assert layout.stretches() == [
+        [Stretch(0, 3, False), Stretch(3, 5, False), Stretch(5, 7, True)],
+        [Stretch(0, 2, True), Stretch(2, 4, False), Stretch(4, 7, False)],
+    ]
+    assert layout.stretches() is layout.stretches()
+    left = SequenceLayout.build(1, 4, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    assert left.stretches() == [[Stretch(0, 1, True), Stretch(1, 4, False)]]
+
+
+def test_no_stretches():
+    """One whole document, a past, and padding inside a document are left to masks."""
+    assert SequenceLayout.build(2, 5).stretches() is None
+    mask = torch.tensor([[0, 1, 1, 1]])
+    assert SequenceLayout.build(1, 2, past_length=2, attention_mask=mask).stretches() is None
+    hole = torch.tensor([[1, 1, 0, 1]])
+    assert SequenceLayout.build(1, 4, attention_mask=hole).stretches() is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_attend_over_stretches_with_gradients(data: st.DataObject):
+    """Documents one by one against plain softmax under the mask."""
+    window = data.draw(st.sampled_from([None, 1, 3]))
+    rows = data.draw(st.integers(1, 3))
+    length = 9
+    positions, padding = [], []
+    for _ in range(rows):
+        left, right = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+        cuts = sorted(data.draw(st.sets(st.integers(left + 1, length - right - 1), max_size=3)))
+        edges = [left, *cuts, length - right]
+        real = [p for a, b in itertools.pairwise(edges) for p in range(b - a)]
+        positions.append([0] * left + real + [0] * right)
+        padding.append([0] * left + [1] * len(real) + [0] * right)
+    layout = SequenceLayout.build(
+        rows,
+        length,
+        attention_mask=torch.tensor(padding),
+        position_ids=torch.tensor(positions),
+    )
+    q = torch.randn(rows, 4, length, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(rows, 2, length, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    keys, values = (t.repeat_interleave(2, dim=1) for t in (k, v))
+    scores = q @ keys.transpose(-1, -2) / 6**0.5
+    scores = scores.masked_fill(~seen(layout, window)[:, None], float("-inf"))
+    wanted = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+    out = attend(q, k, v, layout, window=window)
+    torch.testing.assert_close(out, wanted)
+    along = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), along, retain_graph=True)
+    theirs = torch.autograd.grad(wanted, (q, k, v), along)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("window", [None, 3])
