@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 3
+#define LK_ABI_VERSION 4
 
 typedef enum {
   LK_OK = 0,
@@ -57,6 +57,13 @@ typedef struct {
   int64_t cols;
   int64_t stride;
 } lk_dense_matrix;
+
+/* Elements from one batch entry, head and token to the next; those of a head are adjacent. */
+typedef struct {
+  int64_t batch;
+  int64_t head;
+  int64_t token;
+} lk_strides;
 
 /* LK_ABI_VERSION of the library that was loaded. */
 LK_API int32_t lk_abi_version(void);
@@ -132,6 +139,23 @@ LK_API lk_status lk_linear_cross_entropy(const lk_nf4_matrix* nf4_head,
                                          int64_t count, float softcap, float logit_scale,
                                          float* loss, float* lse, void* grad, int64_t grad_stride,
                                          int32_t threads);
+
+/*
+ * Attention in which query s sees the keys first[b, s] to T - S + s:
+ *
+ *   out[b, s, h] = softmax(scale * q[b, h, s] @ keys^T) @ values
+ *
+ *   q         [batch, heads, S, head_dim] of dtype
+ *   k, v      [batch, key_heads, T, head_dim] of dtype, T >= S; heads is a multiple of key_heads
+ *   first     [batch, S], each in [0, T - S + s], or NULL for 0
+ *   out       [batch, S, heads, head_dim] of dtype, contiguous; may not overlap the inputs
+ */
+LK_API lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t heads,
+                                     int64_t key_heads, int64_t S, int64_t T, int64_t head_dim,
+                                     const void* q, const lk_strides* q_strides, const void* k,
+                                     const lk_strides* k_strides, const void* v,
+                                     const lk_strides* v_strides, const int64_t* first, float scale,
+                                     void* out, int32_t threads);
 
 #ifdef __cplusplus
 }

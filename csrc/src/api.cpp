@@ -153,3 +153,20 @@ lk_status lk_linear_cross_entropy(const lk_nf4_matrix* nf4_head, const lk_dense_
                                                 tokens, labels, count, softcap, logit_scale, loss,
                                                 lse, grad, grad_stride, threads});
 }
+
+lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t heads, int64_t key_heads,
+                              int64_t S, int64_t T, int64_t head_dim, const void* q,
+                              const lk_strides* q_strides, const void* k,
+                              const lk_strides* k_strides, const void* v,
+                              const lk_strides* v_strides, const int64_t* first, float scale,
+                              void* out, int32_t threads) {
+  if (!is_valid(dtype) || batch < 0 || S < 0 || T < S || threads < 1) return LK_BAD_ARGUMENT;
+  if (heads < 1 || key_heads < 1 || heads % key_heads != 0 || head_dim < 1) return LK_BAD_ARGUMENT;
+  if (heads / key_heads > 512) return LK_BAD_ARGUMENT;  // more than a task can take
+  if (q_strides == nullptr || k_strides == nullptr || v_strides == nullptr) return LK_BAD_ARGUMENT;
+  if (batch == 0 || S == 0) return LK_OK;
+  if (q == nullptr || k == nullptr || v == nullptr || out == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->ranged_attention({dtype, batch, heads, key_heads, S, T, head_dim, q,
+                                            *q_strides, k, *k_strides, v, *v_strides, first, scale,
+                                            out, threads});
+}

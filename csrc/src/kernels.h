@@ -48,12 +48,28 @@ struct CrossEntropyCall {
   int32_t threads;
 };
 
+struct AttentionCall {
+  lk_dtype dtype;
+  int64_t batch, heads, key_heads, S, T, head_dim;
+  const void* q;
+  lk_strides q_strides;
+  const void* k;
+  lk_strides k_strides;
+  const void* v;
+  lk_strides v_strides;
+  const int64_t* first;
+  float scale;
+  void* out;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
   lk_status (*nf4_linear_transposed)(const LinearCall&);
   lk_status (*nf4_swiglu)(const SwiGLUCall&);
   lk_status (*linear_cross_entropy)(const CrossEntropyCall&);
+  lk_status (*ranged_attention)(const AttentionCall&);
 };
 
 namespace baseline {

@@ -25,12 +25,13 @@ __all__ = [
     "DenseMatrix",
     "NF4Matrix",
     "Status",
+    "Strides",
     "library",
     "load",
     "status",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"
@@ -65,6 +66,16 @@ class DenseMatrix(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("stride", ctypes.c_int64),
+    )
+
+
+class Strides(ctypes.Structure):
+    """``lk_strides``: elements from one batch entry, head and token to the next."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64),
     )
 
 
@@ -163,7 +174,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _declare(loaded: ctypes.CDLL) -> None:
-    matrix = ctypes.POINTER(NF4Matrix)
+    matrix, strides = ctypes.POINTER(NF4Matrix), ctypes.POINTER(Strides)
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for name in ("lk_isa", "lk_isas"):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -176,6 +187,11 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "lk_linear_cross_entropy": (
             *(matrix, ctypes.POINTER(DenseMatrix), number, pointer, size, pointer, pointer, size),
             *(ctypes.c_float, ctypes.c_float, pointer, pointer, pointer, size, number),
+        ),
+        "lk_ranged_attention": (
+            *(number, size, size, size, size, size, size),
+            *(pointer, strides, pointer, strides, pointer, strides, pointer),
+            *(ctypes.c_float, pointer, number),
         ),
         "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
     }

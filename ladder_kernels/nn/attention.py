@@ -7,30 +7,16 @@ both.
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-
 import torch
-from torch import nn
 
 from ladder_kernels.errors import ConfigError
+from ladder_kernels.ops import ranged_attention
+from ladder_kernels.ops.ranged_attention.reference import attend_under_mask
+from ladder_kernels.ops.ranged_attention.reference import (
+    ranged_attention as differentiable_attention,
+)
 
-__all__ = ["SequenceLayout", "Stretch", "attend"]
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Neighbouring tokens of one sequence: a document, or padding.
-
-    Attributes:
-        start: First token.
-        stop: One past the last.
-        padding: Whether they are padding, which nobody reads.
-    """
-
-    start: int
-    stop: int
-    padding: bool
+__all__ = ["SequenceLayout", "attend"]
 
 
 class SequenceLayout:
@@ -67,8 +53,7 @@ class SequenceLayout:
         self.padding = padding
         self.documents = documents
         self._masks: dict[int | None, torch.Tensor | None] = {}
-        self._stretches: list[list[Stretch]] | None = None
-        self._stretches_found = False
+        self._ranges: dict[int | None, tuple[bool, torch.Tensor | None]] = {}
 
     @classmethod
     def build(
@@ -157,43 +142,38 @@ class SequenceLayout:
             documents=None if self.documents is None else self.documents.to(device),
         )
 
-    def stretches(self) -> list[list[Stretch]] | None:
-        """The documents of each sequence as stretches, in order and without gaps.
+    def first_seen(self, window: int | None = None) -> tuple[bool, torch.Tensor | None]:
+        """Who may look at whom, as the first token that each sees; the last is itself.
 
-        Tokens see tokens of their own stretch only, so attention may take one stretch at a time:
-        its cost falls from the square of the row's length to the squares of the documents'.
+        Args:
+            window: As for :meth:`mask`.
 
         Returns:
-            A list for each sequence; ``None`` where there is one document without padding in each,
-            where there is a past, or where padding interrupts a document.
+            Whether that says it all, and int64 ``[B, S]``, ``None`` for plain causal attention.
+            Where padding interrupts what a token sees, only :meth:`mask` can say it.
         """
-        if not self._stretches_found:
-            self._stretches = self._find_stretches()
-            self._stretches_found = True
-        return self._stretches
+        if window is not None and window >= self.total:
+            window = None
+        if window not in self._ranges:
+            self._ranges[window] = self._find_first_seen(window)
+        return self._ranges[window]
 
-    def _find_stretches(self) -> list[list[Stretch]] | None:
-        if self.past_length > 0 or (self.padding is None and self.documents is None):
-            return None
-        numbers = self.documents
-        if numbers is None:
-            numbers = torch.zeros_like(self.position_ids)
-        if self.padding is not None:
-            numbers = torch.where(self.padding, numbers, -1)
-        found = []
-        for row in numbers.cpu():
-            values, lengths = (part.tolist() for part in row.unique_consecutive(return_counts=True))
-            documents = [number for number in values if number >= 0]
-            if len(set(documents)) < len(documents):
-                return None
-            stops = list(itertools.accumulate(lengths))
-            found.append(
-                [
-                    Stretch(stop - length, stop, number < 0)
-                    for number, length, stop in zip(values, lengths, stops, strict=True)
-                ]
-            )
-        return found
+    def _find_first_seen(self, window: int | None) -> tuple[bool, torch.Tensor | None]:
+        if self.padding is None and self.documents is None and window is None:
+            return True, None
+        places = torch.arange(self.total, device=self.device).expand(self.batch, self.total)
+        real = torch.ones_like(places, dtype=torch.bool) if self.padding is None else self.padding
+        numbers = torch.zeros_like(places) if self.documents is None else self.documents
+        # A document, or what is left of it after padding, begins; padding sees itself alone.
+        begins = torch.ones_like(real)
+        begins[:, 1:] = ~real[:, :-1] | (numbers[:, 1:] != numbers[:, :-1])
+        for starts, row, kept in zip(begins & real, numbers, real, strict=True):
+            if int(starts.sum()) > row[kept].unique().numel():
+                return False, None  # padding interrupts a document
+        first = torch.where(begins | ~real, places, 0).cummax(-1).values[:, self.past_length :]
+        if window is not None:
+            first = first.maximum(places[:, self.past_length :] - (window - 1))
+        return True, first.contiguous()
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
         """Who may look at whom.
@@ -272,69 +252,16 @@ def attend(
     Returns:
         ``[B, S, H * hd]``, in the dtype of ``q``.
     """
-    stretches = layout.stretches()
-    if stretches is not None:
-        out = _attend_stretches(q, k, v, stretches, window, scale)
-    else:
+    ranged, first = layout.first_seen(window)
+    dropped = layout.total - k.shape[2]
+    if not ranged:
         mask = layout.mask(window)
-        if mask is not None and k.shape[2] < mask.shape[-1]:
-            mask = mask[..., mask.shape[-1] - k.shape[2] :]
-        out = _attend(q, k, v, mask, scale, causal=layout.length > 1)
-    return out.transpose(1, 2).flatten(2)
-
-
-def _attend_stretches(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    stretches: list[list[Stretch]],
-    window: int | None,
-    scale: float | None,
-) -> torch.Tensor:
-    """Attention inside each stretch; a padded token sees itself."""
-    groups = q.shape[1] // k.shape[1]
-    rows = []
-    for row, own in enumerate(stretches):
-        pieces = []
-        for stretch in own:
-            queries, keys, values = (
-                t[row : row + 1, :, stretch.start : stretch.stop] for t in (q, k, v)
-            )
-            if stretch.padding:
-                pieces.append(values.repeat_interleave(groups, dim=1))
-                continue
-            alone = SequenceLayout.build(1, stretch.stop - stretch.start, device=q.device)
-            mask = alone.mask(window)
-            pieces.append(_attend(queries, keys, values, mask, scale, causal=alone.length > 1))
-        rows.append(torch.cat(pieces, dim=2))
-    return torch.cat(rows)
-
-
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    *,
-    causal: bool,
-) -> torch.Tensor:
-    """Attention under a mask, or plain causal without one; ``[B, H, S, hd]``."""
-    groups = q.shape[1] // k.shape[1]
-    # CPU attention reads shared heads in place. On a GPU only the flash kernel does (half
-    # precision, no mask); the others would fall back to materialised scores, which cost far more
-    # than repeated heads.
-    in_place = q.device.type == "cpu" or (
-        mask is None and q.dtype in (torch.float16, torch.bfloat16)
-    )
-    if groups > 1 and not in_place:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return nn.functional.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and causal,
-        scale=scale,
-        enable_gqa=groups > 1 and in_place,
-    )
+        if mask is not None:
+            mask = mask[..., dropped:]
+        return attend_under_mask(q, k, v, mask, scale).transpose(1, 2).flatten(2)
+    if dropped:
+        first = None if first is None else (first - dropped).clamp_(min=0)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if trained or q.device.type != "cpu" or layout.length == 1:
+        return differentiable_attention(q, k, v, first, scale)
+    return ranged_attention(q, k, v, first, scale)

@@ -11,6 +11,7 @@ from ladder_kernels.ops._dispatch import BACKENDS, get_backend, set_backend, use
 from ladder_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from ladder_kernels.ops.nf4_linear import nf4_linear, nf4_linear_transposed
 from ladder_kernels.ops.nf4_swiglu import nf4_swiglu
+from ladder_kernels.ops.ranged_attention import ranged_attention
 from ladder_kernels.ops.rms_norm import rms_norm
 from ladder_kernels.ops.rung_merge import rung_merge
 
@@ -21,6 +22,7 @@ __all__ = [
     "nf4_linear",
     "nf4_linear_transposed",
     "nf4_swiglu",
+    "ranged_attention",
     "rms_norm",
     "rung_merge",
     "set_backend",

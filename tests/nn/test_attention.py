@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
 from ladder_kernels.errors import ConfigError
-from ladder_kernels.nn.attention import SequenceLayout, Stretch, attend
+from ladder_kernels.nn.attention import SequenceLayout, attend
 
 
 def seen(layout: SequenceLayout, window: int | None = None) -> torch.Tensor:
@@ -148,31 +148,62 @@ def test_shapes_that_do_not_fit(arguments: dict, message: str):
         SequenceLayout.build(2, 5, **arguments)
 
 
-def test_stretches():
+def test_first_seen():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 2]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
     layout = SequenceLayout.build(2, 7, attention_mask=mask, position_ids=positions)
-    assert layout.stretches() == [
-        [Stretch(0, 3, False), Stretch(3, 5, False), Stretch(5, 7, True)],
-        [Stretch(0, 2, True), Stretch(2, 4, False), Stretch(4, 7, False)],
-    ]
-    assert layout.stretches() is layout.stretches()
-    left = SequenceLayout.build(1, 4, attention_mask=torch.tensor([[0, 1, 1, 1]]))
-    assert left.stretches() == [[Stretch(0, 1, True), Stretch(1, 4, False)]]
+    ranged, first = layout.first_seen()
+    assert ranged
+    assert first is not None
+    assert first.tolist() == [[0, 0, 0, 3, 3, 5, 6], [0, 1, 2, 2, 4, 4, 4]]
+    assert layout.first_seen()[1] is first
+    later = SequenceLayout.build(
+        2, 2, past_length=3, attention_mask=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    )
+    ranged, first = later.first_seen()
+    assert ranged
+    assert first is not None
+    assert first.tolist() == [[2, 2], [0, 0]]
 
 
-def test_no_stretches():
-    """One whole document, a past, and padding inside a document are left to masks."""
-    assert SequenceLayout.build(2, 5).stretches() is None
-    mask = torch.tensor([[0, 1, 1, 1]])
-    assert SequenceLayout.build(1, 2, past_length=2, attention_mask=mask).stretches() is None
+def test_ranges_cannot_say_everything():
+    assert SequenceLayout.build(2, 5).first_seen() == (True, None)
+    assert SequenceLayout.build(2, 5).first_seen(window=5) == (True, None)
     hole = torch.tensor([[1, 1, 0, 1]])
-    assert SequenceLayout.build(1, 4, attention_mask=hole).stretches() is None
+    assert SequenceLayout.build(1, 4, attention_mask=hole).first_seen() == (False, None)
+    later = SequenceLayout.build(1, 1, past_length=3, attention_mask=hole)
+    assert later.first_seen() == (False, None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_first_seen_says_what_the_mask_says(data: st.DataObject):
+    """Documents, padding at both ends, windows, a past: where ranges say it all, they say that."""
+    past = data.draw(st.sampled_from([0, 0, 3]))
+    length = data.draw(st.integers(1, 8))
+    window = data.draw(st.none() | st.integers(1, 9))
+    kept = data.draw(st.lists(st.integers(0, 3), min_size=past + length, max_size=past + length))
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=length, max_size=length))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None, :length]
+    layout = SequenceLayout.build(
+        1,
+        length,
+        past_length=past,
+        attention_mask=torch.tensor([[int(k > 0) for k in kept]]),
+        position_ids=None if past else positions,
+    )
+    ranged, first = layout.first_seen(window)
+    places = torch.arange(layout.total)
+    rows = places[past:, None]
+    if first is None:
+        first = torch.zeros(1, length, dtype=torch.int64)
+    by_ranges = (places <= rows) & (places >= first[0][:, None])
+    assert not ranged or torch.equal(by_ranges, seen(layout, window)[0])
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_attend_over_stretches_with_gradients(data: st.DataObject):
+def test_attend_with_gradients(data: st.DataObject):
     """Documents one by one against plain softmax under the mask."""
     window = data.draw(st.sampled_from([None, 1, 3]))
     rows = data.draw(st.integers(1, 3))
@@ -201,6 +232,9 @@ def test_attend_over_stretches_with_gradients(data: st.DataObject):
     wanted = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
     out = attend(q, k, v, layout, window=window)
     torch.testing.assert_close(out, wanted)
+    with torch.no_grad():
+        frozen = attend(q.float(), k.float(), v.float(), layout, window=window)
+    torch.testing.assert_close(frozen, wanted.float())
     along = torch.randn_like(out)
     ours = torch.autograd.grad(out, (q, k, v), along, retain_graph=True)
     theirs = torch.autograd.grad(wanted, (q, k, v), along)

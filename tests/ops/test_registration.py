@@ -13,13 +13,12 @@ from ladder_kernels import ops
 from ladder_kernels.nf4 import quantize_nf4
 from ladder_kernels.ops import _nf4_args
 
-pytestmark = pytest.mark.usefixtures("reference_backend")
-
 OPERATORS = [
     "nf4_linear",
     "nf4_linear_transposed",
     "nf4_swiglu",
     "nf4_swiglu_backward",
+    "ranged_attention",
     "rms_norm",
     "add_rms_norm",
     "rms_norm_backward",
@@ -63,6 +62,10 @@ def samples(operator, dtype, grad):
         yield t(0, 6), *flat(8, 6), *flat(8, 6)
     elif operator == "nf4_swiglu_backward":
         yield c(2, 3, 8), c(2, 3, 6), *flat(8, 6), *flat(8, 6, False)
+    elif operator == "ranged_attention":
+        yield c(2, 4, 3, 8), c(2, 2, 5, 8), c(2, 2, 5, 8), torch.zeros(2, 3).long(), 0.5
+        yield c(2, 3, 4, 8).transpose(1, 2), c(2, 1, 3, 8), c(2, 1, 3, 8), None, 0.5
+        yield c(1, 4, 0, 8), c(1, 2, 5, 8), c(1, 2, 5, 8), None, 0.5
     elif operator == "rms_norm":
         yield t(2, 3, 6), t(6), 1e-6
         yield t(0, 6), None, 1e-6
@@ -105,13 +108,15 @@ def test_every_operator_is_tested():
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(
     ("dtype", "grad"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
 )
-def test_opcheck(operator, dtype, grad):
+def test_opcheck(operator, backend, dtype, grad):
     function = getattr(torch.ops.ladder_kernels, operator).default
-    for arguments in samples(operator, dtype, grad):
-        opcheck(function, arguments)
+    with ops.use_backend(backend):
+        for arguments in samples(operator, dtype, grad):
+            opcheck(function, arguments)
 
 
 def everything(x, side, gate, norm, head, labels, weights):
