@@ -10,7 +10,8 @@ time. The logsumexp is kept online: a running maximum ``m`` and a running sum of
 rescaled whenever ``m`` grows (Milakov and Gimelshein 2018, arXiv:1805.02867). The gradient of
 ``hidden`` is summed in the same sweep under the same rescaling,
 
-    dhidden_t = logit_scale * (sum_v p_tv * s_tv * head_v  -  s_t,label * head_label)
+    dhidden_t = logit_scale * (sum_{v != label} p_tv * s_tv * head_v
+                               - (1 - p_t,label) * s_t,label * head_label)
     p = softmax(l),  s = dl/dz = 1 - (l / softcap)^2, or 1
 
 so each block of logits is computed once, used for both, and overwritten.
@@ -133,6 +134,9 @@ def kept_tokens(labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
 class _Sweep:
     """One pass over the vocabulary for one block of tokens; its fields are what the pass carries.
 
+    A token's label is kept out of the sums and joins them at the end: a loss near zero is the
+    logarithm of one plus the others' share, which a difference of large logits would lose.
+
     Shapes, for ``T`` tokens: ``rows`` ``[T, D]`` (scaled by ``logit_scale``), ``maximum``,
     ``total`` (of ``exp(l - maximum)``) and ``at_label`` (the label's logit) ``[T, 1]``,
     ``expected`` (sum of ``exp(l - maximum) * s * head_v``) and ``label_rows`` (``s * head_label``)
@@ -145,7 +149,7 @@ class _Sweep:
         self.rows = rows
         self.labels = labels
         self.softcap = softcap
-        self.maximum = rows.new_full((rows.shape[0], 1), -torch.inf)
+        self.maximum = rows.new_full((rows.shape[0], 1), torch.finfo(rows.dtype).min)
         self.total = torch.zeros_like(self.maximum)
         self.at_label = torch.zeros_like(self.maximum)
         self.need_grad = need_grad
@@ -157,7 +161,9 @@ class _Sweep:
         """Take in the head's rows from ``first`` on, ``weight`` ``[rows, D]``."""
         logits, slope = _logits(self.rows, weight, self.softcap)
         column, inside = _columns(self.labels, first, weight.shape[0])
-        self.at_label = torch.where(inside, logits.gather(1, column), self.at_label)
+        own = logits.gather(1, column)
+        self.at_label = torch.where(inside, own, self.at_label)
+        logits.scatter_(1, column, torch.where(inside, -torch.inf, own))
         highest = torch.maximum(self.maximum, logits.amax(1, keepdim=True))
         shrink = self.maximum.sub_(highest).exp_()
         self.maximum = highest
@@ -173,12 +179,24 @@ class _Sweep:
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """Return the losses and the logsumexps, each ``[T]``."""
-        lse = self.total.log().add_(self.maximum)
-        return (lse - self.at_label).squeeze(1), lse.squeeze(1)
+        highest, _, others, whole = self._shares()
+        # Where the label leads, the rest is whole minus exactly one.
+        log = torch.where(self.at_label == highest, others.log1p(), whole.log())
+        loss = log + (highest - self.at_label)
+        return loss.squeeze(1), (log + highest).squeeze(1)
 
     def gradient(self) -> Tensor:
         """Return the gradient of each token's loss to ``rows``, ``[T, D]``; call it once."""
-        return self.expected.div_(self.total).sub_(self.label_rows)
+        _, shrink, others, whole = self._shares()
+        self.expected.mul_(shrink / whole)
+        return self.expected.sub_(self.label_rows.mul_(others / whole))
+
+    def _shares(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """With the label: the maximum, how that shrinks the sums, these without and with it."""
+        highest = torch.maximum(self.maximum, self.at_label)
+        shrink = (self.maximum - highest).exp()
+        others = self.total * shrink
+        return highest, shrink, others, others + (self.at_label - highest).exp()
 
 
 def _logits_grad(
