@@ -19,8 +19,13 @@ LEFT[1, :3] = 0
 
 
 def trained(backbone: Any, **options: Any) -> LadderForCausalLM:
-    """A ladder that changes what the base says."""
-    model = LadderForCausalLM.from_backbone(backbone, LadderConfig(reduction=4, **options))
+    """A ladder that changes what the base says.
+
+    Taps are float32: rounded to bfloat16, they would turn differences of rounding into larger ones.
+    """
+    model = LadderForCausalLM.from_backbone(
+        backbone, LadderConfig(reduction=4, **options), tap_dtype="float32"
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
