@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Tiny tensors gain nothing from threads and lose much where cores are busy; processes that tests
+# start inherit this. Tests of threads set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
