@@ -177,6 +177,11 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(matrix, ctypes.POINTER(DenseMatrix), number, pointer, size, pointer, pointer, size),
             *(ctypes.c_float, ctypes.c_float, pointer, pointer, pointer, size, number),
         ),
+        "lk_nf4_quantize": (number, pointer, size, size, pointer, pointer, number),
+        "lk_nf4_quantize_absmax": (
+            *(pointer, size, ctypes.c_float, pointer, pointer, pointer, number),
+        ),
+        "lk_nf4_dequantize": (matrix, number, size, size, pointer, number),
         "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
     }
     for name, arguments in signatures.items():
