@@ -14,19 +14,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ladder_kernels.backend import get_backend, set_backend, use_backend
     from ladder_kernels.models.accelerate import accelerate_4bit
     from ladder_kernels.models.config import LadderConfig
     from ladder_kernels.models.modeling import LadderForCausalLM
     from ladder_kernels.nf4 import NF4Weight, quantize_nf4
     from ladder_kernels.ops import (
-        get_backend,
         linear_cross_entropy,
         nf4_linear,
         nf4_swiglu,
         rms_norm,
         rung_merge,
-        set_backend,
-        use_backend,
     )
 
 __version__ = "0.1.0"
@@ -36,15 +34,15 @@ _HOME = {
     "LadderForCausalLM": "ladder_kernels.models.modeling",
     "NF4Weight": "ladder_kernels.nf4",
     "accelerate_4bit": "ladder_kernels.models.accelerate",
-    "get_backend": "ladder_kernels.ops",
+    "get_backend": "ladder_kernels.backend",
     "linear_cross_entropy": "ladder_kernels.ops",
     "nf4_linear": "ladder_kernels.ops",
     "nf4_swiglu": "ladder_kernels.ops",
     "quantize_nf4": "ladder_kernels.nf4",
     "rms_norm": "ladder_kernels.ops",
     "rung_merge": "ladder_kernels.ops",
-    "set_backend": "ladder_kernels.ops",
-    "use_backend": "ladder_kernels.ops",
+    "set_backend": "ladder_kernels.backend",
+    "use_backend": "ladder_kernels.backend",
 }
 
 __all__ = [

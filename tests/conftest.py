@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Tiny tensors gain nothing from threads and lose much where cores are busy; processes that tests
 # start inherit this. Tests of threads set their own number.
@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from ladder_kernels import native
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +27,18 @@ def _poison_uninitialised_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def _use_isa(name: str) -> None:
+    library = native.library()
+    assert library is not None, native.status().reason
+    assert library.lk_set_isa(name.encode()) == 0
+
+
+@pytest.fixture
+def use_isa() -> Iterator[Callable[[str], None]]:
+    """``use_isa(name)`` runs the native kernels in that variant, until the test ends."""
+    threads = torch.get_num_threads()
+    yield _use_isa
+    _use_isa(native.status().isas[0])
+    torch.set_num_threads(threads)

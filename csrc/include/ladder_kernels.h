@@ -20,13 +20,14 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 4
+#define LK_ABI_VERSION 5
 
 typedef enum {
   LK_OK = 0,
   LK_BAD_ARGUMENT = 1, /* a size, stride, dtype or blocksize that makes no sense */
   LK_OUT_OF_MEMORY = 2,
   LK_UNKNOWN_ISA = 3, /* lk_set_isa: no such variant, or this processor cannot run it */
+  LK_NOT_FINITE = 4,  /* an input that must be finite holds NaN or infinity */
 } lk_status;
 
 typedef enum { LK_FLOAT32 = 0, LK_BFLOAT16 = 1, LK_FLOAT16 = 2 } lk_dtype;
@@ -156,6 +157,39 @@ LK_API lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t head
                                      const lk_strides* k_strides, const void* v,
                                      const lk_strides* v_strides, const int64_t* first, float scale,
                                      void* out, int32_t threads);
+
+/*
+ * Quantise a flat tensor to NF4, to the bits of bitsandbytes on a CPU.
+ *
+ *   weight    [count] of dtype
+ *   blocksize a power of two, at least 32
+ *   packed    [ceil(count / 2)]; a missing last element is zero
+ *   absmax    [ceil(count / blocksize)], the largest magnitude of each block
+ *
+ * LK_NOT_FINITE if weight holds NaN or infinity; packed and absmax are then not to be used.
+ */
+LK_API lk_status lk_nf4_quantize(lk_dtype dtype, const void* weight, int64_t count,
+                                 int64_t blocksize, uint8_t* packed, float* absmax,
+                                 int32_t threads);
+
+/*
+ * Quantise scales to 8 bits (double quantisation): for each 256 of them the largest magnitude of
+ * scale - offset, and for each scale the entry of `nearest` for (scale - offset) / that, where
+ * [-1, 1] is cut into 65535 equal steps.
+ *
+ *   absmax        [blocks], finite
+ *   offset        their mean, as the caller sums
+ *   nearest       [65536], indices of the map's values that are nearest to the ends of the steps
+ *   absmax_q8     [blocks]
+ *   nested_absmax [ceil(blocks / 256)]
+ */
+LK_API lk_status lk_nf4_quantize_absmax(const float* absmax, int64_t blocks, float offset,
+                                        const uint8_t* nearest, uint8_t* absmax_q8,
+                                        float* nested_absmax, int32_t threads);
+
+/* out[i] = element first + i of the flattened matrix, centroid * scale rounded once to dtype. */
+LK_API lk_status lk_nf4_dequantize(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t first,
+                                   int64_t count, void* out, int32_t threads);
 
 #ifdef __cplusplus
 }

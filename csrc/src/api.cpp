@@ -170,3 +170,33 @@ lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t heads, int6
                                             *q_strides, k, *k_strides, v, *v_strides, first, scale,
                                             out, threads});
 }
+
+lk_status lk_nf4_quantize(lk_dtype dtype, const void* weight, int64_t count, int64_t blocksize,
+                          uint8_t* packed, float* absmax, int32_t threads) {
+  if (!is_valid(dtype) || count < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (blocksize < 32 || !is_power_of_two(blocksize)) return LK_BAD_ARGUMENT;
+  if (count == 0) return LK_OK;
+  if (weight == nullptr || packed == nullptr || absmax == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->nf4_quantize({dtype, weight, count, blocksize, packed, absmax, threads});
+}
+
+lk_status lk_nf4_quantize_absmax(const float* absmax, int64_t blocks, float offset,
+                                 const uint8_t* nearest, uint8_t* absmax_q8, float* nested_absmax,
+                                 int32_t threads) {
+  if (blocks < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (blocks == 0) return LK_OK;
+  if (absmax == nullptr || nearest == nullptr || absmax_q8 == nullptr || nested_absmax == nullptr) {
+    return LK_BAD_ARGUMENT;
+  }
+  return chosen().load()->nf4_quantize_absmax(
+      {absmax, blocks, offset, nearest, absmax_q8, nested_absmax, threads});
+}
+
+lk_status lk_nf4_dequantize(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t first,
+                            int64_t count, void* out, int32_t threads) {
+  if (!is_valid(weight) || !is_valid(dtype) || threads < 1) return LK_BAD_ARGUMENT;
+  if (first < 0 || count < 0 || count > weight->rows * weight->cols - first) return LK_BAD_ARGUMENT;
+  if (count == 0) return LK_OK;
+  if (out == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->nf4_dequantize({*weight, dtype, first, count, out, threads});
+}

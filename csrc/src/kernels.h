@@ -63,6 +63,33 @@ struct AttentionCall {
   int32_t threads;
 };
 
+struct QuantizeCall {
+  lk_dtype dtype;
+  const void* weight;
+  int64_t count, blocksize;
+  uint8_t* packed;
+  float* absmax;
+  int32_t threads;
+};
+
+struct QuantizeAbsmaxCall {
+  const float* absmax;
+  int64_t blocks;
+  float offset;
+  const uint8_t* nearest;
+  uint8_t* absmax_q8;
+  float* nested_absmax;
+  int32_t threads;
+};
+
+struct DequantizeCall {
+  lk_nf4_matrix weight;
+  lk_dtype dtype;
+  int64_t first, count;
+  void* out;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
@@ -70,6 +97,9 @@ struct Kernels {
   lk_status (*nf4_swiglu)(const SwiGLUCall&);
   lk_status (*linear_cross_entropy)(const CrossEntropyCall&);
   lk_status (*ranged_attention)(const AttentionCall&);
+  lk_status (*nf4_quantize)(const QuantizeCall&);
+  lk_status (*nf4_quantize_absmax)(const QuantizeAbsmaxCall&);
+  lk_status (*nf4_dequantize)(const DequantizeCall&);
 };
 
 namespace baseline {

@@ -51,6 +51,7 @@ inline float round_to(float value) {
   return value;
 }
 
+// NF4's centroids.
 alignas(64) constexpr float kCode[16] = {
     -1.0f,
     -0.6961928009986877f,
@@ -69,3 +70,24 @@ alignas(64) constexpr float kCode[16] = {
     0.7229568362236023f,
     1.0f,
 };
+
+constexpr float middle(int i) { return (kCode[i] + kCode[i + 1]) / 2.0f; }
+
+// The borders between neighbours, rounded as bitsandbytes rounds them; nothing is beyond the last.
+alignas(64) constexpr float kMiddles[16] = {
+    middle(0),  middle(1),  middle(2),  middle(3),        middle(4),  middle(5),
+    middle(6),  middle(7),  middle(8),  middle(9),        middle(10), middle(11),
+    middle(12), middle(13), middle(14), __builtin_inff(),
+};
+
+// A cubic whose value at border i is i + 1/2, give or take 0.11. So the centroid nearest to a
+// number in [-1, 1] is the whole part of the cubic, or one more if the number is above that border:
+// far from the borders, the rounding of the cubic does not matter.
+constexpr float kCubic[4] = {7.12f, 11.414f, 0.644f, -4.425f};
+
+// For a number in [-1, 1]; a tie goes to the lower index.
+inline int nearest_centroid(float value) {
+  const float cubic = ((value * kCubic[3] + kCubic[2]) * value + kCubic[1]) * value + kCubic[0];
+  const int index = static_cast<int>(cubic);
+  return index + (value > kMiddles[index] ? 1 : 0);
+}

@@ -110,7 +110,88 @@ struct V {
     }
   }
 
+  // The larger magnitude of two, where infinity is above all numbers and NaN above infinity. The
+  // first operand is a magnitude already.
+  static F larger_magnitude(F a, F b) {
+    const __m256i magnitude =
+        _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), magnitude));
+  }
+  static float largest_magnitude(F a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m128i four =
+        _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    const __m128i one = _mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1));
+    return float_of(static_cast<uint32_t>(_mm_cvtsi128_si32(one)));
+  }
+
+  // The indices of the centroids nearest to 32 numbers in [-1, 1], in 16 bytes.
+  static void nearest(const F* values, uint8_t* bytes) {
+    // Two indices a 64-bit lane, in its lower and its upper half; four vectors, a byte each.
+    const __m256i low =
+        _mm256_or_si256(nearest_eight(values[0]), _mm256_slli_epi32(nearest_eight(values[1]), 8));
+    const __m256i high =
+        _mm256_or_si256(nearest_eight(values[2]), _mm256_slli_epi32(nearest_eight(values[3]), 8));
+    const __m256i four = _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+    const __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(four, 4), _mm256_srli_epi64(four, 32));
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 11, 3, 10, 2, 9, 1, 8, 0));
+    const __m256i ordered = _mm256_shuffle_epi8(pairs, order);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(bytes),
+        _mm_unpacklo_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+  }
+
+  // Sixteen values of a dtype of two bytes, one for each 4-bit index: their lower and upper bytes,
+  // twice.
+  struct Halves {
+    __m256i low, high;
+  };
+
+  template <lk_dtype DT>
+  static Halves halves(float scale) {
+    alignas(32) uint16_t values[16];
+    const F by = _mm256_set1_ps(scale);
+    store<DT>(values, 0, _mm256_mul_ps(_mm256_load_ps(kCode), by));
+    store<DT>(values, 8, _mm256_mul_ps(_mm256_load_ps(kCode + 8), by));
+    const __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
+    const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(0xff));
+    // Packed lane by lane: the bytes of values 0 to 7 in one lane, of 8 to 15 in the other, twice.
+    const __m256i bytes = _mm256_packus_epi16(low, _mm256_srli_epi16(words, 8));
+    const __m256i each = _mm256_permute4x64_epi64(bytes, 0xd8);
+    return {_mm256_permute2x128_si256(each, each, 0x00),
+            _mm256_permute2x128_si256(each, each, 0x11)};
+  }
+
+  // The values of the 32 indices in 16 bytes, in order.
+  static void look_up_halves(const uint8_t* bytes, const Halves& table, uint16_t* out) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    const __m128i four_bits = _mm_set1_epi8(15);
+    const __m128i even = _mm_and_si128(_mm_srli_epi16(packed, 4), four_bits);
+    const __m128i odd = _mm_and_si128(packed, four_bits);
+    const __m256i index =
+        _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+    const __m256i low = _mm256_shuffle_epi8(table.low, index);
+    const __m256i high = _mm256_shuffle_epi8(table.high, index);
+    const __m256i first = _mm256_unpacklo_epi8(low, high);
+    const __m256i second = _mm256_unpackhi_epi8(low, high);
+    __m256i* to = reinterpret_cast<__m256i*>(out);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
+  }
+
  private:
+  static __m256i nearest_eight(F value) {
+    F cubic = _mm256_fmadd_ps(value, _mm256_set1_ps(kCubic[3]), _mm256_set1_ps(kCubic[2]));
+    cubic = _mm256_fmadd_ps(cubic, value, _mm256_set1_ps(kCubic[1]));
+    cubic = _mm256_fmadd_ps(cubic, value, _mm256_set1_ps(kCubic[0]));
+    const __m256i index = _mm256_cvttps_epi32(cubic);
+    const F border = choose(index, {_mm256_load_ps(kMiddles), _mm256_load_ps(kMiddles + 8)});
+    const F above = _mm256_cmp_ps(value, border, _CMP_GT_OQ);  // all bits set, which is -1
+    return _mm256_sub_epi32(index, _mm256_castps_si256(above));
+  }
+
   static F look_up_eight(const uint8_t* bytes, const Table& table) {
     int32_t packed;
     __builtin_memcpy(&packed, bytes, sizeof packed);

@@ -124,6 +124,47 @@ struct V {
     }
   }
 
+  // The larger magnitude of two, where infinity is above all numbers and NaN above infinity. The
+  // first operand is a magnitude already.
+  static F larger_magnitude(F a, F b) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(kNoSign));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), magnitude));
+  }
+  static float largest_magnitude(F a) {
+    return float_of(static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_castps_si512(a))));
+  }
+
+  // The indices of the centroids nearest to 32 numbers in [-1, 1], in 16 bytes.
+  static void nearest(const F* values, uint8_t* bytes) {
+    const __m512i first = nearest_sixteen(values[0]), second = nearest_sixteen(values[1]);
+    // Two indices a 64-bit lane, in its lower and its upper half; two vectors, a byte each.
+    const __m512i both = _mm512_or_si512(first, _mm512_slli_epi32(second, 8));
+    const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(both, 4), _mm512_srli_epi64(both, 32));
+    const __m128i order = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes),
+                     _mm_shuffle_epi8(_mm512_cvtepi64_epi16(pairs), order));
+  }
+
+  // Sixteen values of a dtype of two bytes, one for each 4-bit index; twice.
+  using Halves = __m512i;
+
+  template <lk_dtype DT>
+  static Halves halves(float scale) {
+    alignas(32) uint16_t values[16];
+    store<DT>(values, 0, _mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(scale)));
+    return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
+  }
+
+  // The values of the 32 indices in 16 bytes, in order.
+  static void look_up_halves(const uint8_t* bytes, Halves table, uint16_t* out) {
+    const __m512i lanes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    // The permutation reads only the low five bits of a word.
+    const __m512i index =
+        _mm512_or_si512(_mm512_srli_epi32(lanes, 4), _mm512_slli_epi32(lanes, 16));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+  }
+
 #if defined(__AVX512BF16__)
   static constexpr bool kHasPairs = true;
 
@@ -150,6 +191,18 @@ struct V {
 #endif
 
  private:
+  static constexpr int kNoSign = 0x7fffffff;
+
+  static __m512i nearest_sixteen(F value) {
+    F cubic = _mm512_fmadd_ps(value, _mm512_set1_ps(kCubic[3]), _mm512_set1_ps(kCubic[2]));
+    cubic = _mm512_fmadd_ps(cubic, value, _mm512_set1_ps(kCubic[1]));
+    cubic = _mm512_fmadd_ps(cubic, value, _mm512_set1_ps(kCubic[0]));
+    const __m512i index = _mm512_cvttps_epi32(cubic);
+    const F border = _mm512_permutexvar_ps(index, _mm512_load_ps(kMiddles));
+    const __mmask16 above = _mm512_cmp_ps_mask(value, border, _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(index, above, index, _mm512_set1_epi32(1));
+  }
+
   static F unpack_low(F a, F b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
   }

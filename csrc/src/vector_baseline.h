@@ -100,4 +100,51 @@ struct V {
       }
     }
   }
+
+  // The larger magnitude of two, where infinity is above all numbers and NaN above infinity. The
+  // first operand is a magnitude already.
+  static F larger_magnitude(F a, F b) {
+    for (int i = 0; i < kWidth; ++i) {
+      const uint32_t magnitude = bits_of(b[i]) & 0x7fffffffu;
+      if (magnitude > bits_of(a[i])) a[i] = float_of(magnitude);
+    }
+    return a;
+  }
+  static float largest_magnitude(F a) {
+    uint32_t largest = 0;
+    for (int i = 0; i < kWidth; ++i) largest = bits_of(a[i]) > largest ? bits_of(a[i]) : largest;
+    return float_of(largest);
+  }
+
+  // The indices of the centroids nearest to 32 numbers in [-1, 1], in 16 bytes.
+  static void nearest(const F* values, uint8_t* bytes) {
+    for (int i = 0; i < 16; ++i) {
+      const F four = values[i / 2];
+      const int at = i % 2 * 2;
+      bytes[i] =
+          static_cast<uint8_t>(nearest_centroid(four[at]) << 4 | nearest_centroid(four[at + 1]));
+    }
+  }
+
+  struct Halves {  // sixteen values of a dtype of two bytes, one for each 4-bit index
+    uint16_t value[16];
+  };
+
+  template <lk_dtype DT>
+  static Halves halves(float scale) {
+    Halves table;
+    for (int i = 0; i < 16; ++i) {
+      const float value = kCode[i] * scale;
+      table.value[i] = DT == LK_FLOAT16 ? float_to_f16(value) : float_to_bf16(value);
+    }
+    return table;
+  }
+
+  // The values of the 32 indices in 16 bytes, in order.
+  static void look_up_halves(const uint8_t* bytes, const Halves& table, uint16_t* out) {
+    for (int i = 0; i < 16; ++i) {
+      out[2 * i] = table.value[bytes[i] >> 4];
+      out[2 * i + 1] = table.value[bytes[i] & 15];
+    }
+  }
 };

@@ -168,6 +168,48 @@ int check_once(int64_t M, int64_t N, int64_t K, int64_t blocksize, bool twice, l
   return wrong;
 }
 
+// Quantise, and dequantise any range; returns how many numbers are not the nearest there are.
+int check_format(int64_t count, int64_t blocksize, lk_dtype dtype, int threads) {
+  const Floats x(count);
+  Weight w(1, count, blocksize, false);
+  std::vector<uint8_t> packed(w.packed.size(), 0xff), scales8(w.scales.size());
+  std::vector<float> scales(w.scales.size()), nested((w.scales.size() + 255) / 256);
+  int wrong = lk_nf4_quantize(dtype, x.as(dtype), count, blocksize, packed.data(), scales.data(),
+                              threads) != LK_OK;
+  w.packed = packed;
+  w.scales = scales;
+  w.matrix.packed = w.packed.data();
+  w.matrix.absmax = w.scales.data();
+  const int64_t first = below(static_cast<int>(count)), many = count - first - below(2);
+  std::vector<unsigned char> out(static_cast<size_t>(many * (dtype == LK_FLOAT32 ? 4 : 2)));
+  wrong += lk_nf4_dequantize(&w.matrix, dtype, first, many, out.data(), threads) != LK_OK;
+  wrong += lk_nf4_dequantize(&w.matrix, dtype, first, count - first + 1, out.data(), threads) !=
+           LK_BAD_ARGUMENT;
+  for (int64_t i = 0; i < many; ++i) {
+    const double number = static_cast<double>(x.wide[static_cast<size_t>(first + i)]);
+    const double scale = static_cast<double>(scales[static_cast<size_t>((first + i) / blocksize)]);
+    double nearest = 1e30;
+    for (const float code : kCode) {
+      const double value = static_cast<double>(code) * scale;
+      if (std::fabs(value - number) < std::fabs(nearest - number)) nearest = value;
+    }
+    const double got = static_cast<double>(w.at(0, first + i, LK_FLOAT32));
+    wrong += std::fabs(got - number) > std::fabs(nearest - number) + 1e-6 * scale;
+    wrong += !close(out, i, dtype, got, scale);
+  }
+  const std::vector<uint8_t> points(65536, 7);
+  wrong += lk_nf4_quantize_absmax(scales.data(), static_cast<int64_t>(scales.size()), 1.0f,
+                                  points.data(), scales8.data(), nested.data(), threads) != LK_OK;
+  for (const uint8_t index : scales8) wrong += index != 7;
+  Floats bad = x;
+  const size_t at = static_cast<size_t>(below(static_cast<int>(count)));
+  bad.narrow[at] = 0x7f81;
+  bad.wide[at] = from_bf16(bad.narrow[at]);
+  wrong += lk_nf4_quantize(dtype, bad.as(dtype), count, blocksize, packed.data(), scales.data(),
+                           threads) != LK_NOT_FINITE;
+  return wrong;
+}
+
 // Several callers at once, each with its own data, while the pool is one.
 int check_callers() {
   const Weight w(150, 320, 64, true);
@@ -204,6 +246,11 @@ int main() {
       const int64_t K = below(2) == 0 ? blocksize * (1 + below(3)) : 1 + below(500);
       const lk_dtype dtype = below(2) == 0 ? LK_FLOAT32 : LK_BFLOAT16;
       wrong += check_once(M, N, K, blocksize, below(2) == 1, dtype, 1 + below(4));
+    }
+    for (int round = 0; round < 60; ++round, ++calls) {
+      const lk_dtype dtype = below(2) == 0 ? LK_FLOAT32 : LK_BFLOAT16;
+      const int64_t most = round % 10 == 0 ? 200000 : 3000;
+      wrong += check_format(1 + below(static_cast<int>(most)), 32 << below(8), dtype, 1 + below(4));
     }
     wrong += check_once(30, 40, 1700, 64, true, LK_BFLOAT16, 2);  // several slices of depth
     wrong += check_once(30, 2100, 64, 64, true, LK_FLOAT32, 3);   // several pieces

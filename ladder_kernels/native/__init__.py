@@ -31,7 +31,7 @@ __all__ = [
     "status",
 ]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"
@@ -193,6 +193,11 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(pointer, strides, pointer, strides, pointer, strides, pointer),
             *(ctypes.c_float, pointer, number),
         ),
+        "lk_nf4_quantize": (number, pointer, size, size, pointer, pointer, number),
+        "lk_nf4_quantize_absmax": (
+            *(pointer, size, ctypes.c_float, pointer, pointer, pointer, number),
+        ),
+        "lk_nf4_dequantize": (matrix, number, size, size, pointer, number),
         "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
     }
     for name, arguments in signatures.items():

@@ -2,7 +2,8 @@
 
 The bits are the same on both sides, whatever the shape. What bitsandbytes 0.50 computes with them
 on a CPU is not always: where a row is even but no whole number of blocks (seen with AVX-512), its
-kernel reads the wrong scales.
+kernel reads the wrong scales; and to bfloat16 (seen with AVX512-BF16) it makes subnormal values
+zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From floats to NF4 bits: flat tensors in, flat tensors out.
+"""From floats to NF4 bits: flat tensors in, flat tensors out. In plain PyTorch, on any device.
 
 A tensor is flattened row-major and cut into blocks. Each block stores its largest magnitude
 (``absmax``, float32) and, for each element, the index of the centroid nearest to
@@ -20,10 +20,14 @@ from ladder_kernels.nf4.codebook import dynamic_code, nf4_code
 
 __all__ = [
     "BLOCKSIZES",
+    "GRID_POINTS",
     "NESTED_BLOCKSIZE",
     "QUANTIZABLE",
     "check_blocksize",
     "has_values",
+    "mean_of_scales",
+    "nearest_code",
+    "non_finite",
     "quantize_absmax",
     "quantize_blocks",
 ]
@@ -37,6 +41,9 @@ NESTED_BLOCKSIZE = 256
 QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that can be quantised."""
 
+GRID_POINTS = 65536
+"""Points of [-1, 1] to which scales are rounded on their way to the dynamic map."""
+
 # Multiples of every blocksize. On a CPU the temporaries of one piece stay in the cache.
 _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 24
@@ -46,7 +53,6 @@ _DEVICE_PIECE = 1 << 24
 _SMALLEST_DIVISOR = 1e-38
 
 _CELLS = 64
-_GRID = 65535
 
 
 def check_blocksize(blocksize: int) -> None:
@@ -123,14 +129,8 @@ def quantize_absmax(absmax: Tensor, *, name: str) -> tuple[Tensor, Tensor, Tenso
         NonFiniteError: The sum of the scales is beyond float32, so that they have no mean.
     """
     device = absmax.device
-    # On the CPU always: a sum in another order would give the offset other last bits.
     scales = absmax if absmax.is_meta else absmax.cpu()
-    offset = scales.mean()
-    if scales.numel() and has_values(offset) and not bool(torch.isfinite(offset)):
-        raise NonFiniteError(
-            f"'{name}' is too large for double quantisation: the sum of its {scales.numel()} "
-            "scales is infinite in float32; use double_quant=False"
-        )
+    offset = mean_of_scales(scales, name)
     centred = scales - offset
     blocks = centred.numel()
     rows = -(-blocks // NESTED_BLOCKSIZE)
@@ -141,12 +141,44 @@ def quantize_absmax(absmax: Tensor, *, name: str) -> tuple[Tensor, Tensor, Tenso
     # bitsandbytes rounds to one of 65,536 points in [-1, 1] and stores the map's value nearest to
     # that point. A block of zeros gives 0 * inf = NaN, which its conversion to integer makes 0.
     unit = (padded * (1.0 / largest).view(-1, 1)).nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
-    point = (unit + 1.0).mul_(0.5).mul_(float(_GRID)).add_(0.5).to(torch.int32)
+    point = (unit + 1.0).mul_(0.5).mul_(float(GRID_POINTS - 1)).add_(0.5).to(torch.int32)
     code = dynamic_code(scales.device)
-    middles = (code[:-1].double() + code[1:].double()) / 2
-    nearest = torch.bucketize(point.double() / _GRID * 2 - 1, middles, out_int32=True)
-    quantised = nearest.to(torch.uint8).view(-1)[:blocks].clone()
+    quantised = nearest_code(point, code).view(-1)[:blocks].clone()
     return quantised.to(device), largest.to(device), code.to(device), offset.to(device)
+
+
+def mean_of_scales(scales: Tensor, name: str) -> Tensor:
+    """Return the offset of double quantisation, float32 ``[]``.
+
+    Args:
+        scales: float32 ``[blocks]``, on the CPU: a sum in another order has other last bits.
+        name: What error messages call the tensor that they scale.
+
+    Raises:
+        NonFiniteError: As :func:`quantize_absmax`.
+    """
+    offset = scales.mean()
+    if scales.numel() and has_values(offset) and not bool(torch.isfinite(offset)):
+        raise NonFiniteError(
+            f"'{name}' is too large for double quantisation: the sum of its {scales.numel()} "
+            "scales is infinite in float32; use double_quant=False"
+        )
+    return offset
+
+
+def nearest_code(point: Tensor, code: Tensor) -> Tensor:
+    """Return the indices of the map's values nearest to points of the grid.
+
+    Args:
+        point: int32, any shape, 0 for -1 up to ``GRID_POINTS - 1`` for 1.
+        code: The map, float32 ``[256]``.
+
+    Returns:
+        uint8, the shape of ``point``.
+    """
+    middles = (code[:-1].double() + code[1:].double()) / 2
+    value = point.double() / (GRID_POINTS - 1) * 2 - 1
+    return torch.bucketize(value, middles, out_int32=True).to(torch.uint8)
 
 
 class _CentroidSearch:
@@ -189,10 +221,10 @@ def _check_finite(largest: Tensor, weight: Tensor, name: str) -> None:
     Asked before a centroid is looked up: NaN has no place in the search's table.
     """
     if has_values(largest) and not bool(torch.isfinite(largest).all()):
-        raise _non_finite(weight, name)
+        raise non_finite(weight, name)
 
 
-def _non_finite(weight: Tensor, name: str) -> NonFiniteError:
+def non_finite(weight: Tensor, name: str) -> NonFiniteError:
     """Count the values that are not finite, name the first, build the error."""
     flat, size = weight.reshape(-1), _CPU_PIECE
     nans, infinities, first = 0, 0, -1

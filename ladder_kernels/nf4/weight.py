@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.errors import ConfigError
+from ladder_kernels.nf4 import cpu
 from ladder_kernels.nf4.dequantize import dequantize_range, dequantize_scales
 from ladder_kernels.nf4.quantize import (
     NESTED_BLOCKSIZE,
@@ -153,6 +154,8 @@ class NF4Weight:
         if dtype not in _OUTPUTS:
             allowed = ", ".join(str(each).removeprefix("torch.") for each in _OUTPUTS)
             raise ConfigError(f"NF4 cannot be dequantised to {dtype}; it must be one of {allowed}")
+        if cpu.is_chosen(self.packed, dtype):
+            return cpu.dequantize(self, start, stop, dtype)
         # One piece when traced: a compiler fuses it, and would unroll a loop.
         if stop - start <= _PIECE or torch.compiler.is_compiling():
             return self._piece(start, stop).to(dtype)
@@ -209,6 +212,9 @@ def quantize_nf4(
 ) -> NF4Weight:
     """Quantise a tensor to NF4, to the bits of ``bitsandbytes.functional.quantize_4bit`` on a CPU.
 
+    Runs on the native kernels for a tensor on the CPU, unless ``use_backend`` says otherwise; they
+    give the same bits.
+
     Args:
         weight: Any shape, ``[N, K]`` for a linear layer; float32, bfloat16 or float16; finite.
         blocksize: Elements that share a scale: 32, 64, ..., 4096.
@@ -223,6 +229,7 @@ def quantize_nf4(
         NonFiniteError: The tensor holds NaN or infinity, or numbers so large that the sum of their
             scales does (with double quantisation).
         ConfigError: A dtype or blocksize that the format does not have.
+        BackendError: The backend is "cpu" and there is no native library.
     """
     name = "weight" if name is None else name
     if not isinstance(weight, Tensor):
@@ -231,11 +238,13 @@ def quantize_nf4(
     if weight.dtype not in QUANTIZABLE:
         allowed = ", ".join(str(each).removeprefix("torch.") for each in QUANTIZABLE)
         raise ConfigError(f"'{name}' has dtype {weight.dtype}; it must be one of {allowed}")
-    packed, absmax = quantize_blocks(weight.detach(), blocksize, name=name)
+    native = cpu.is_chosen(weight, weight.dtype)
+    to_bits = cpu.quantize_blocks if native else quantize_blocks
+    packed, absmax = to_bits(weight.detach(), blocksize, name=name)
     shape = tuple(weight.shape)
     if not double_quant:
         return NF4Weight(packed, absmax, shape, blocksize, weight.dtype)
-    absmax, *nested = quantize_absmax(absmax, name=name)
+    absmax, *nested = (cpu.quantize_absmax if native else quantize_absmax)(absmax, name=name)
     return NF4Weight(packed, absmax, shape, blocksize, weight.dtype, *nested)
 
 

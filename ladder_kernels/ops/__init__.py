@@ -7,7 +7,7 @@ mathematics in plain PyTorch) and, where they exist, ``cpu.py`` (native) and ``g
 
 from __future__ import annotations
 
-from ladder_kernels.ops._dispatch import BACKENDS, get_backend, set_backend, use_backend
+from ladder_kernels.backend import BACKENDS, get_backend, set_backend, use_backend
 from ladder_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from ladder_kernels.ops.nf4_linear import nf4_linear, nf4_linear_transposed
 from ladder_kernels.ops.nf4_swiglu import nf4_swiglu

@@ -20,85 +20,20 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from ladder_kernels.errors import BackendError, BackendFallbackWarning, ConfigError
+from ladder_kernels.backend import get_backend, say_fallback, use_backend, warn_once
+from ladder_kernels.errors import BackendError
 
-__all__ = ["BACKENDS", "get_backend", "register_autograd", "run", "set_backend", "use_backend"]
-
-BACKENDS = ("auto", "triton", "cpu", "reference")
-"""The names that :func:`set_backend` and :func:`use_backend` accept."""
+__all__ = ["register_autograd", "run"]
 
 _MODULES = {"triton": "gpu", "cpu": "cpu", "reference": "reference"}
 _FOR_DEVICE = {"cuda": "triton", "cpu": "cpu"}
 _OPS = "ladder_kernels.ops"
-
-
-class _Default:
-    """The backend of the whole process, below any :func:`use_backend` block."""
-
-    name = "auto"
-
-
-_chosen: ContextVar[str | None] = ContextVar("ladder_kernels_backend", default=None)
-
-
-def _checked(name: str) -> str:
-    if name not in BACKENDS:
-        allowed = ", ".join(f"'{known}'" for known in BACKENDS)
-        raise ConfigError(f"backend {name!r} is not known; allowed are {allowed}")
-    return name
-
-
-def set_backend(name: str) -> None:
-    """Choose the backend of every operation, for the whole process.
-
-    Args:
-        name: ``"auto"`` (the default): what an operation ships for the tensors' device, else its
-            reference, with one :class:`~ladder_kernels.errors.BackendFallbackWarning` where a
-            shipped one cannot run. ``"reference"``: plain PyTorch everywhere. ``"cpu"``: the
-            native CPU kernels, and an error instead of a fallback; operations that have no native
-            kernel run on PyTorch's, as under "auto". ``"triton"``: the GPU kernels, and an error
-            instead of a fallback.
-
-    Raises:
-        ConfigError: ``name`` is none of these. (Whether a backend can run is asked at each call,
-            since it depends on the tensors; a forced one that cannot raises
-            :class:`~ladder_kernels.errors.BackendError` there.)
-    """
-    _Default.name = _checked(name)
-
-
-def get_backend() -> str:
-    """Return the backend in force here: the innermost :func:`use_backend`, else the default."""
-    return _chosen.get() or _Default.name
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend inside a ``with`` block (or a decorated function), as `set_backend` does.
-
-    The choice holds for the current thread or asynchronous task only. The backward pass of an
-    operation runs on the backend that its forward was given, wherever ``backward()`` is called.
-
-    Args:
-        name: one of :data:`BACKENDS`.
-
-    Raises:
-        ConfigError: ``name`` is not one of them.
-    """
-    token = _chosen.set(_checked(name))
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
 
 
 def run(op: str, function: str, *args: Any) -> Any:
@@ -165,7 +100,7 @@ def _best(
     shipped = None if backend is None else _function(op, backend, function)
     if backend is None or shipped is None:
         if device.type != "cpu":
-            _warn_once(
+            warn_once(
                 f"this release has no kernels for device type '{device.type}' yet: operations run "
                 "on plain PyTorch there (use_backend('reference') silences this)"
             )
@@ -175,10 +110,7 @@ def _best(
     reason = _module(op, backend).unsupported(*args)
     if reason is None:
         return shipped
-    _warn_once(
-        f"operations run on plain PyTorch instead of their '{backend}' kernels: {reason} "
-        "(use_backend('reference') silences this)"
-    )
+    say_fallback(backend, reason)
     return None
 
 
@@ -217,8 +149,3 @@ def _function(op: str, backend: str, function: str) -> Callable[..., Any] | None
     if importlib.util.find_spec(f"{_OPS}.{op}.{_MODULES[backend]}") is None:
         return None
     return getattr(_module(op, backend), function, None)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, BackendFallbackWarning, stacklevel=2)

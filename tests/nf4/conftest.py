@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from ladder_kernels.backend import use_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -54,7 +56,14 @@ def _dequantize(packed: Tensor, state: bnb.QuantState, dtype: torch.dtype | None
     row.dtype = state.dtype if dtype is None else dtype
     # Its fallback for odd sizes is compiled anew for each shape, which takes seconds.
     with torch.compiler.set_stance("force_eager"):
-        return bnb.dequantize_4bit(packed, row).reshape(state.shape)
+        values = bnb.dequantize_4bit(packed, row)
+        if row.dtype == torch.bfloat16:
+            # With AVX512-BF16 its conversion to bfloat16 makes subnormal numbers zero.
+            row.dtype = torch.float32
+            wide = bnb.dequantize_4bit(packed, row)
+            subnormal = wide.abs() < torch.finfo(torch.bfloat16).tiny
+            values = torch.where(subnormal, wide.bfloat16(), values)
+    return values.reshape(state.shape)
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +116,10 @@ def _weights(draw: st.DrawFn, most: int = 5000) -> Tensor:
 @pytest.fixture(scope="session")
 def weights() -> Callable[..., st.SearchStrategy[Tensor]]:
     return _weights
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a module's tests on plain PyTorch, then on the native kernels."""
+    with use_backend(request.param):
+        yield request.param

@@ -15,6 +15,8 @@ from ladder_kernels.nf4 import BLOCKSIZES, NF4_VALUES, NF4Weight
 from ladder_kernels.nf4 import weight as module
 from ladder_kernels.nf4.dequantize import dequantize_range, dequantize_scales
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 _settings = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -13,6 +13,8 @@ from ladder_kernels.errors import ConfigError, NonFiniteError
 from ladder_kernels.nf4 import BLOCKSIZES, NF4_VALUES, NF4Weight
 from ladder_kernels.nf4 import quantize as module
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ladder_kernels import native, ops
+from ladder_kernels import ops
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
@@ -89,18 +89,3 @@ def reference_backend() -> Iterator[None]:
     """Run a test on the references, whatever native kernels there are."""
     with ops.use_backend("reference"):
         yield
-
-
-def _use_isa(name: str) -> None:
-    library = native.library()
-    assert library is not None, native.status().reason
-    assert library.lk_set_isa(name.encode()) == 0
-
-
-@pytest.fixture
-def use_isa() -> Iterator[Callable[[str], None]]:
-    """``use_isa(name)`` runs the native kernels in that variant, until the test ends."""
-    threads = torch.get_num_threads()
-    yield _use_isa
-    _use_isa(native.status().isas[0])
-    torch.set_num_threads(threads)

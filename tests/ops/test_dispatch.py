@@ -9,18 +9,17 @@ import pytest
 import torch
 
 import ladder_kernels as lk
-from ladder_kernels import native, ops
+from ladder_kernels import backend, native, ops
 from ladder_kernels.errors import BackendError, BackendFallbackWarning, ConfigError
-from ladder_kernels.nf4 import quantize_nf4
-from ladder_kernels.ops import _dispatch
+from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 
 
 @pytest.fixture(autouse=True)
 def _as_at_the_start() -> Iterator[None]:
-    _dispatch._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     yield
     ops.set_backend("auto")
-    _dispatch._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
 
 
 def test_default_and_process_wide_choice():
@@ -131,9 +130,15 @@ def _no_native_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     native.load.cache_clear()
 
 
+def quantized(rows: int, columns: int) -> NF4Weight:
+    """On the reference: quantising, too, would say that the native library is missing."""
+    with ops.use_backend("reference"):
+        return quantize_nf4(torch.randn(rows, columns))
+
+
 @pytest.mark.usefixtures("_no_native_library")
 def test_falling_back_is_said_once():
-    x, weight = torch.randn(2, 32), quantize_nf4(torch.randn(8, 32))
+    x, weight = torch.randn(2, 32), quantized(8, 32)
     with pytest.warns(
         BackendFallbackWarning,
         match="operations run on plain PyTorch instead of their 'cpu' kernels: the native library "
@@ -150,15 +155,18 @@ def test_falling_back_is_said_once():
 
 @pytest.mark.usefixtures("_no_native_library")
 def test_a_forced_backend_says_that_the_library_is_missing():
+    weight = quantized(8, 32)
     with (
         ops.use_backend("cpu"),
-        pytest.raises(BackendError, match="cannot run this call: the native library is not inst"),
+        pytest.raises(
+            BackendError, match="nf4_linear: backend 'cpu' cannot run this call: the native library"
+        ),
     ):
-        ops.nf4_linear(torch.randn(2, 32), quantize_nf4(torch.randn(8, 32)))
+        ops.nf4_linear(torch.randn(2, 32), weight)
 
 
 def test_float64_is_the_references_own():
-    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
+    x, weight = torch.randn(2, 32, dtype=torch.float64), quantized(8, 32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = ops.nf4_linear(x, weight)
@@ -166,7 +174,7 @@ def test_float64_is_the_references_own():
 
 
 def test_a_forced_backend_does_not_fall_back():
-    x, weight = torch.randn(2, 32, dtype=torch.float64), quantize_nf4(torch.randn(8, 32))
+    x, weight = torch.randn(2, 32, dtype=torch.float64), quantized(8, 32)
     with (
         ops.use_backend("cpu"),
         pytest.raises(BackendError, match="nf4_linear: backend 'cpu' cannot run this call: "),
@@ -176,7 +184,7 @@ def test_a_forced_backend_does_not_fall_back():
 
 @pytest.mark.usefixtures("_no_native_library")
 def test_reference_says_nothing():
-    x, weight = torch.randn(2, 32), quantize_nf4(torch.randn(8, 32))
+    x, weight = torch.randn(2, 32), quantized(8, 32)
     with ops.use_backend("reference"), warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.nf4_linear(x, weight)
@@ -184,7 +192,7 @@ def test_reference_says_nothing():
 
 @pytest.mark.usefixtures("_no_native_library")
 def test_backward_runs_where_the_forward_did():
-    weight = quantize_nf4(torch.randn(8, 32))
+    weight = quantized(8, 32)
     x = torch.randn(2, 32, requires_grad=True)
     with ops.use_backend("reference"):
         loss = ops.nf4_linear(x, weight).sum()
@@ -195,11 +203,11 @@ def test_backward_runs_where_the_forward_did():
 
 
 def test_native_and_reference_agree_through_the_operation():
-    weight, other = quantize_nf4(torch.randn(48, 128)), quantize_nf4(torch.randn(48, 128))
+    weight, other = quantized(48, 128), quantized(48, 128)
     results = []
-    for backend in ("cpu", "reference"):
+    for name in ("cpu", "reference"):
         x = torch.linspace(-1, 1, 5 * 128).view(5, 128).requires_grad_()
-        with ops.use_backend(backend):
+        with ops.use_backend(name):
             out = ops.nf4_linear(x, weight) + ops.nf4_swiglu(x, weight, other)
             out.square().sum().backward()
         results.append((out.detach(), x.grad))
