@@ -157,6 +157,45 @@ LK_API lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t head
                                      const lk_strides* v_strides, const int64_t* first, float scale,
                                      void* out, int32_t threads);
 
+/*
+ * out[m] = weight * round(x[m] * r_m),  r_m = 1 / sqrt(mean(x[m]^2) + eps), for each row m; with a
+ * residual, x[m] + residual[m], rounded, takes the place of x[m] and is written to total.
+ *
+ *   x, residual   [rows, cols] of dtype, rows `*_stride` elements apart; residual may be NULL
+ *   weight        [cols] of dtype, or NULL for none
+ *   total, out    [rows, cols] of dtype, contiguous; total is NULL where residual is
+ */
+LK_API lk_status lk_rms_norm(lk_dtype dtype, int64_t rows, int64_t cols, const void* x,
+                             int64_t x_stride, const void* residual, int64_t residual_stride,
+                             const void* weight, float eps, void* total, void* out,
+                             int32_t threads);
+
+/*
+ * The gradients of lk_rms_norm's out to its x (or x + residual) and weight:
+ *
+ *   dx[m] = r_m * (a - h * mean(a * h)),  dweight = sum_m grad[m] * h,  h = x[m] * r_m,
+ *   a = grad[m] * weight, in float32
+ *
+ *   grad, x   [rows, cols] of dtype, rows `*_stride` elements apart
+ *   dx        [rows, cols] of dtype, contiguous
+ *   dweight   [cols] of dtype, or NULL where it is not wanted
+ */
+LK_API lk_status lk_rms_norm_backward(lk_dtype dtype, int64_t rows, int64_t cols, const void* grad,
+                                      int64_t grad_stride, const void* x, int64_t x_stride,
+                                      const void* weight, float eps, void* dx, void* dweight,
+                                      int32_t threads);
+
+/*
+ * Rotary position embedding in place: channel i of each head turns with channel i + half by the
+ * angle whose cosine and sine the tables hold; each product and sum is rounded to dtype.
+ *
+ *   x          [batch, length, heads, 2 * half] of dtype
+ *   cos, sin   [batch, length, half] of dtype, one for all heads; `table_strides` holds for both
+ */
+LK_API lk_status lk_rotary(lk_dtype dtype, int64_t batch, int64_t length, int64_t heads,
+                           int64_t half, void* x, const lk_strides* strides, const void* cos,
+                           const void* sin, const lk_strides* table_strides, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -170,3 +170,38 @@ lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t heads, int6
                                             *q_strides, k, *k_strides, v, *v_strides, first, scale,
                                             out, threads});
 }
+
+lk_status lk_rms_norm(lk_dtype dtype, int64_t rows, int64_t cols, const void* x, int64_t x_stride,
+                      const void* residual, int64_t residual_stride, const void* weight, float eps,
+                      void* total, void* out, int32_t threads) {
+  if (!is_valid(dtype) || rows < 0 || cols < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (rows == 0 || cols == 0) return LK_OK;
+  if (x == nullptr || out == nullptr) return LK_BAD_ARGUMENT;
+  if ((residual == nullptr) != (total == nullptr)) return LK_BAD_ARGUMENT;
+  return chosen().load()->rms_norm({dtype, rows, cols, x, x_stride, residual, residual_stride,
+                                    weight, eps, total, out, threads});
+}
+
+lk_status lk_rms_norm_backward(lk_dtype dtype, int64_t rows, int64_t cols, const void* grad,
+                               int64_t grad_stride, const void* x, int64_t x_stride,
+                               const void* weight, float eps, void* dx, void* dweight,
+                               int32_t threads) {
+  if (!is_valid(dtype) || rows < 0 || cols < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (cols == 0) return LK_OK;
+  if (rows > 0 && (grad == nullptr || x == nullptr || dx == nullptr)) return LK_BAD_ARGUMENT;
+  return chosen().load()->rms_norm_backward(
+      {dtype, rows, cols, grad, grad_stride, x, x_stride, weight, eps, dx, dweight, threads});
+}
+
+lk_status lk_rotary(lk_dtype dtype, int64_t batch, int64_t length, int64_t heads, int64_t half,
+                    void* x, const lk_strides* strides, const void* cos, const void* sin,
+                    const lk_strides* table_strides, int32_t threads) {
+  if (!is_valid(dtype) || batch < 0 || length < 0 || heads < 0 || half < 0 || threads < 1) {
+    return LK_BAD_ARGUMENT;
+  }
+  if (batch == 0 || length == 0 || heads == 0 || half == 0) return LK_OK;
+  if (x == nullptr || cos == nullptr || sin == nullptr) return LK_BAD_ARGUMENT;
+  if (strides == nullptr || table_strides == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->rotary(
+      {dtype, batch, length, heads, half, x, *strides, cos, sin, *table_strides, threads});
+}

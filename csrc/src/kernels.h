@@ -63,6 +63,45 @@ struct AttentionCall {
   int32_t threads;
 };
 
+struct RMSNormCall {
+  lk_dtype dtype;
+  int64_t rows, cols;
+  const void* x;
+  int64_t x_stride;
+  const void* residual;
+  int64_t residual_stride;
+  const void* weight;
+  float eps;
+  void* total;
+  void* out;
+  int32_t threads;
+};
+
+struct RMSNormBackwardCall {
+  lk_dtype dtype;
+  int64_t rows, cols;
+  const void* grad;
+  int64_t grad_stride;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  float eps;
+  void* dx;
+  void* dweight;
+  int32_t threads;
+};
+
+struct RotaryCall {
+  lk_dtype dtype;
+  int64_t batch, length, heads, half;
+  void* x;
+  lk_strides strides;
+  const void* cos;
+  const void* sin;
+  lk_strides table_strides;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
@@ -70,6 +109,9 @@ struct Kernels {
   lk_status (*nf4_swiglu)(const SwiGLUCall&);
   lk_status (*linear_cross_entropy)(const CrossEntropyCall&);
   lk_status (*ranged_attention)(const AttentionCall&);
+  lk_status (*rms_norm)(const RMSNormCall&);
+  lk_status (*rms_norm_backward)(const RMSNormBackwardCall&);
+  lk_status (*rotary)(const RotaryCall&);
 };
 
 namespace baseline {

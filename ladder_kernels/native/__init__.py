@@ -194,6 +194,17 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(ctypes.c_float, pointer, number),
         ),
         "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
+        "lk_rms_norm": (
+            *(number, size, size, pointer, size, pointer, size, pointer, ctypes.c_float),
+            *(pointer, pointer, number),
+        ),
+        "lk_rms_norm_backward": (
+            *(number, size, size, pointer, size, pointer, size, pointer, ctypes.c_float),
+            *(pointer, pointer, number),
+        ),
+        "lk_rotary": (
+            *(number, size, size, size, size, pointer, strides, pointer, pointer, strides, number),
+        ),
     }
     for name, arguments in signatures.items():
         function = getattr(loaded, name)
