@@ -65,6 +65,13 @@ typedef struct {
   int64_t token;
 } lk_strides;
 
+/* What a rung reads of one layer, and its projection. */
+typedef struct {
+  lk_dense_matrix tap;  /* [T, D], any dtype */
+  lk_dense_matrix down; /* [d, D] */
+  void* ddown;          /* lk_rung_merge_backward: [d, D] contiguous, or NULL if not wanted */
+} lk_rung_tap;
+
 /* LK_ABI_VERSION of the library that was loaded. */
 LK_API int32_t lk_abi_version(void);
 
@@ -195,6 +202,37 @@ LK_API lk_status lk_rms_norm_backward(lk_dtype dtype, int64_t rows, int64_t cols
 LK_API lk_status lk_rotary(lk_dtype dtype, int64_t batch, int64_t length, int64_t heads,
                            int64_t half, void* x, const lk_strides* strides, const void* cos,
                            const void* sin, const lk_strides* table_strides, int32_t threads);
+
+/*
+ * out[t] = g * side[t] + (1 - g) * z[t], or side[t] + z[t] without a gate, rounded once, with
+ *
+ *   z[t] = sum_j n(tap_j[t]) @ down_j^T,   n(x) = x / sqrt(mean(x^2) + eps)
+ *
+ *   side    [T, d] of dtype, rows `side_stride` elements apart
+ *   taps    `count` of them; each may have another D; downs are of dtype
+ *   gate    [gates] of dtype, or NULL; gates is 1 or d
+ *   out     [T, d] of dtype, contiguous; may not overlap the inputs
+ */
+LK_API lk_status lk_rung_merge(lk_dtype dtype, int64_t T, int64_t d, const void* side,
+                               int64_t side_stride, const lk_rung_tap* taps, int64_t count,
+                               const void* gate, int64_t gates, float eps, void* out,
+                               int32_t threads);
+
+/*
+ * The gradients of lk_rung_merge from that of its out. With G_j = grad^T @ n(tap_j):
+ *
+ *   dside = g * grad,   ddown_j = (1 - g) * G_j,
+ *   dgate = sum_t grad[t] * side[t] - sum_j sum_k G_j[:, k] * down_j[:, k], summed over the
+ *           channels where there is one gate for all
+ *
+ *   grad            [T, d] of dtype, rows `grad_stride` elements apart
+ *   dside, dgate    [T, d] and [gates] of dtype, contiguous; NULL where not wanted
+ */
+LK_API lk_status lk_rung_merge_backward(lk_dtype dtype, int64_t T, int64_t d, const void* grad,
+                                        int64_t grad_stride, const void* side, int64_t side_stride,
+                                        const lk_rung_tap* taps, int64_t count, const void* gate,
+                                        int64_t gates, float eps, void* dside, void* dgate,
+                                        int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -102,6 +102,37 @@ struct RotaryCall {
   int32_t threads;
 };
 
+struct RungMergeCall {
+  lk_dtype dtype;
+  int64_t T, d;
+  const void* side;
+  int64_t side_stride;
+  const lk_rung_tap* taps;
+  int64_t count;
+  const void* gate;  // [gates], or nullptr to add
+  int64_t gates;     // 1 or d
+  float eps;
+  void* out;
+  int32_t threads;
+};
+
+struct RungMergeBackwardCall {
+  lk_dtype dtype;
+  int64_t T, d;
+  const void* grad;
+  int64_t grad_stride;
+  const void* side;
+  int64_t side_stride;
+  const lk_rung_tap* taps;
+  int64_t count;
+  const void* gate;
+  int64_t gates;
+  float eps;
+  void* dside;
+  void* dgate;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
@@ -112,6 +143,8 @@ struct Kernels {
   lk_status (*rms_norm)(const RMSNormCall&);
   lk_status (*rms_norm_backward)(const RMSNormBackwardCall&);
   lk_status (*rotary)(const RotaryCall&);
+  lk_status (*rung_merge)(const RungMergeCall&);
+  lk_status (*rung_merge_backward)(const RungMergeBackwardCall&);
 };
 
 namespace baseline {
