@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 5
+#define LK_ABI_VERSION 6
 
 typedef enum {
   LK_OK = 0,
@@ -65,6 +65,13 @@ typedef struct {
   int64_t head;
   int64_t token;
 } lk_strides;
+
+/* What a rung reads of one layer, and its projection. */
+typedef struct {
+  lk_dense_matrix tap;  /* [T, D], any dtype */
+  lk_dense_matrix down; /* [d, D] */
+  void* ddown;          /* lk_rung_merge_backward: [d, D] contiguous, or NULL if not wanted */
+} lk_rung_tap;
 
 /* LK_ABI_VERSION of the library that was loaded. */
 LK_API int32_t lk_abi_version(void);
@@ -190,6 +197,76 @@ LK_API lk_status lk_nf4_quantize_absmax(const float* absmax, int64_t blocks, flo
 /* out[i] = element first + i of the flattened matrix, centroid * scale rounded once to dtype. */
 LK_API lk_status lk_nf4_dequantize(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t first,
                                    int64_t count, void* out, int32_t threads);
+
+/*
+ * out[m] = weight * round(x[m] * r_m),  r_m = 1 / sqrt(mean(x[m]^2) + eps), for each row m; with a
+ * residual, x[m] + residual[m], rounded, takes the place of x[m] and is written to total.
+ *
+ *   x, residual   [rows, cols] of dtype, rows `*_stride` elements apart; residual may be NULL
+ *   weight        [cols] of dtype, or NULL for none
+ *   total, out    [rows, cols] of dtype, contiguous; total is NULL where residual is
+ */
+LK_API lk_status lk_rms_norm(lk_dtype dtype, int64_t rows, int64_t cols, const void* x,
+                             int64_t x_stride, const void* residual, int64_t residual_stride,
+                             const void* weight, float eps, void* total, void* out,
+                             int32_t threads);
+
+/*
+ * The gradients of lk_rms_norm's out to its x (or x + residual) and weight:
+ *
+ *   dx[m] = r_m * (a - h * mean(a * h)),  dweight = sum_m grad[m] * h,  h = x[m] * r_m,
+ *   a = grad[m] * weight, in float32
+ *
+ *   grad, x   [rows, cols] of dtype, rows `*_stride` elements apart
+ *   dx        [rows, cols] of dtype, contiguous
+ *   dweight   [cols] of dtype, or NULL where it is not wanted
+ */
+LK_API lk_status lk_rms_norm_backward(lk_dtype dtype, int64_t rows, int64_t cols, const void* grad,
+                                      int64_t grad_stride, const void* x, int64_t x_stride,
+                                      const void* weight, float eps, void* dx, void* dweight,
+                                      int32_t threads);
+
+/*
+ * Rotary position embedding in place: channel i of each head turns with channel i + half by the
+ * angle whose cosine and sine the tables hold; each product and sum is rounded to dtype.
+ *
+ *   x          [batch, length, heads, 2 * half] of dtype
+ *   cos, sin   [batch, length, half] of dtype, one for all heads; `table_strides` holds for both
+ */
+LK_API lk_status lk_rotary(lk_dtype dtype, int64_t batch, int64_t length, int64_t heads,
+                           int64_t half, void* x, const lk_strides* strides, const void* cos,
+                           const void* sin, const lk_strides* table_strides, int32_t threads);
+
+/*
+ * out[t] = g * side[t] + (1 - g) * z[t], or side[t] + z[t] without a gate, rounded once, with
+ *
+ *   z[t] = sum_j n(tap_j[t]) @ down_j^T,   n(x) = x / sqrt(mean(x^2) + eps)
+ *
+ *   side    [T, d] of dtype, rows `side_stride` elements apart
+ *   taps    `count` of them; each may have another D; downs are of dtype
+ *   gate    [gates] of dtype, or NULL; gates is 1 or d
+ *   out     [T, d] of dtype, contiguous; may not overlap the inputs
+ */
+LK_API lk_status lk_rung_merge(lk_dtype dtype, int64_t T, int64_t d, const void* side,
+                               int64_t side_stride, const lk_rung_tap* taps, int64_t count,
+                               const void* gate, int64_t gates, float eps, void* out,
+                               int32_t threads);
+
+/*
+ * The gradients of lk_rung_merge from that of its out. With G_j = grad^T @ n(tap_j):
+ *
+ *   dside = g * grad,   ddown_j = (1 - g) * G_j,
+ *   dgate = sum_t grad[t] * side[t] - sum_j sum_k G_j[:, k] * down_j[:, k], summed over the
+ *           channels where there is one gate for all
+ *
+ *   grad            [T, d] of dtype, rows `grad_stride` elements apart
+ *   dside, dgate    [T, d] and [gates] of dtype, contiguous; NULL where not wanted
+ */
+LK_API lk_status lk_rung_merge_backward(lk_dtype dtype, int64_t T, int64_t d, const void* grad,
+                                        int64_t grad_stride, const void* side, int64_t side_stride,
+                                        const lk_rung_tap* taps, int64_t count, const void* gate,
+                                        int64_t gates, float eps, void* dside, void* dgate,
+                                        int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -66,6 +66,18 @@ bool is_valid(const lk_nf4_matrix* weight) {
   return (weight->absmax != nullptr) != nested;
 }
 
+bool is_valid(lk_dtype dtype, int64_t T, int64_t d, const lk_rung_tap* taps, int64_t count,
+              const void* gate, int64_t gates) {
+  if (!is_valid(dtype) || T < 0 || d < 0 || count < 1 || taps == nullptr) return false;
+  if (gate != nullptr && gates != 1 && gates != d) return false;
+  for (int64_t j = 0; j < count; ++j) {
+    const lk_dense_matrix &tap = taps[j].tap, &down = taps[j].down;
+    if (!is_valid(&tap) || !is_valid(&down) || tap.rows != T || down.rows != d) return false;
+    if (tap.cols != down.cols || down.dtype != dtype) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int32_t lk_abi_version(void) { return LK_ABI_VERSION; }
@@ -199,4 +211,62 @@ lk_status lk_nf4_dequantize(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t
   if (count == 0) return LK_OK;
   if (out == nullptr) return LK_BAD_ARGUMENT;
   return chosen().load()->nf4_dequantize({*weight, dtype, first, count, out, threads});
+}
+
+lk_status lk_rms_norm(lk_dtype dtype, int64_t rows, int64_t cols, const void* x, int64_t x_stride,
+                      const void* residual, int64_t residual_stride, const void* weight, float eps,
+                      void* total, void* out, int32_t threads) {
+  if (!is_valid(dtype) || rows < 0 || cols < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (rows == 0 || cols == 0) return LK_OK;
+  if (x == nullptr || out == nullptr) return LK_BAD_ARGUMENT;
+  if ((residual == nullptr) != (total == nullptr)) return LK_BAD_ARGUMENT;
+  return chosen().load()->rms_norm({dtype, rows, cols, x, x_stride, residual, residual_stride,
+                                    weight, eps, total, out, threads});
+}
+
+lk_status lk_rms_norm_backward(lk_dtype dtype, int64_t rows, int64_t cols, const void* grad,
+                               int64_t grad_stride, const void* x, int64_t x_stride,
+                               const void* weight, float eps, void* dx, void* dweight,
+                               int32_t threads) {
+  if (!is_valid(dtype) || rows < 0 || cols < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (cols == 0) return LK_OK;
+  if (rows > 0 && (grad == nullptr || x == nullptr || dx == nullptr)) return LK_BAD_ARGUMENT;
+  return chosen().load()->rms_norm_backward(
+      {dtype, rows, cols, grad, grad_stride, x, x_stride, weight, eps, dx, dweight, threads});
+}
+
+lk_status lk_rotary(lk_dtype dtype, int64_t batch, int64_t length, int64_t heads, int64_t half,
+                    void* x, const lk_strides* strides, const void* cos, const void* sin,
+                    const lk_strides* table_strides, int32_t threads) {
+  if (!is_valid(dtype) || batch < 0 || length < 0 || heads < 0 || half < 0 || threads < 1) {
+    return LK_BAD_ARGUMENT;
+  }
+  if (batch == 0 || length == 0 || heads == 0 || half == 0) return LK_OK;
+  if (x == nullptr || cos == nullptr || sin == nullptr) return LK_BAD_ARGUMENT;
+  if (strides == nullptr || table_strides == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->rotary(
+      {dtype, batch, length, heads, half, x, *strides, cos, sin, *table_strides, threads});
+}
+
+lk_status lk_rung_merge(lk_dtype dtype, int64_t T, int64_t d, const void* side, int64_t side_stride,
+                        const lk_rung_tap* taps, int64_t count, const void* gate, int64_t gates,
+                        float eps, void* out, int32_t threads) {
+  if (!is_valid(dtype, T, d, taps, count, gate, gates) || threads < 1) return LK_BAD_ARGUMENT;
+  if (T == 0 || d == 0) return LK_OK;
+  if (side == nullptr || out == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->rung_merge(
+      {dtype, T, d, side, side_stride, taps, count, gate, gates, eps, out, threads});
+}
+
+lk_status lk_rung_merge_backward(lk_dtype dtype, int64_t T, int64_t d, const void* grad,
+                                 int64_t grad_stride, const void* side, int64_t side_stride,
+                                 const lk_rung_tap* taps, int64_t count, const void* gate,
+                                 int64_t gates, float eps, void* dside, void* dgate,
+                                 int32_t threads) {
+  if (!is_valid(dtype, T, d, taps, count, gate, gates) || threads < 1) return LK_BAD_ARGUMENT;
+  if (dgate != nullptr && gate == nullptr) return LK_BAD_ARGUMENT;
+  if (T > 0 && d > 0 && (grad == nullptr || side == nullptr)) return LK_BAD_ARGUMENT;
+  return chosen().load()->rung_merge_backward({dtype, T, d, grad, grad_stride, side, side_stride,
+                                               taps, count, gate, gates, eps, dside, dgate,
+                                               threads});
 }

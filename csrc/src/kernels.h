@@ -90,6 +90,76 @@ struct DequantizeCall {
   int32_t threads;
 };
 
+struct RMSNormCall {
+  lk_dtype dtype;
+  int64_t rows, cols;
+  const void* x;
+  int64_t x_stride;
+  const void* residual;
+  int64_t residual_stride;
+  const void* weight;
+  float eps;
+  void* total;
+  void* out;
+  int32_t threads;
+};
+
+struct RMSNormBackwardCall {
+  lk_dtype dtype;
+  int64_t rows, cols;
+  const void* grad;
+  int64_t grad_stride;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  float eps;
+  void* dx;
+  void* dweight;
+  int32_t threads;
+};
+
+struct RotaryCall {
+  lk_dtype dtype;
+  int64_t batch, length, heads, half;
+  void* x;
+  lk_strides strides;
+  const void* cos;
+  const void* sin;
+  lk_strides table_strides;
+  int32_t threads;
+};
+
+struct RungMergeCall {
+  lk_dtype dtype;
+  int64_t T, d;
+  const void* side;
+  int64_t side_stride;
+  const lk_rung_tap* taps;
+  int64_t count;
+  const void* gate;  // [gates], or nullptr to add
+  int64_t gates;     // 1 or d
+  float eps;
+  void* out;
+  int32_t threads;
+};
+
+struct RungMergeBackwardCall {
+  lk_dtype dtype;
+  int64_t T, d;
+  const void* grad;
+  int64_t grad_stride;
+  const void* side;
+  int64_t side_stride;
+  const lk_rung_tap* taps;
+  int64_t count;
+  const void* gate;
+  int64_t gates;
+  float eps;
+  void* dside;
+  void* dgate;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
@@ -100,6 +170,11 @@ struct Kernels {
   lk_status (*nf4_quantize)(const QuantizeCall&);
   lk_status (*nf4_quantize_absmax)(const QuantizeAbsmaxCall&);
   lk_status (*nf4_dequantize)(const DequantizeCall&);
+  lk_status (*rms_norm)(const RMSNormCall&);
+  lk_status (*rms_norm_backward)(const RMSNormBackwardCall&);
+  lk_status (*rotary)(const RotaryCall&);
+  lk_status (*rung_merge)(const RungMergeCall&);
+  lk_status (*rung_merge_backward)(const RungMergeBackwardCall&);
 };
 
 namespace baseline {

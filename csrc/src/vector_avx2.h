@@ -13,6 +13,7 @@ struct V {
   static constexpr int kDotRows = 4;  // rows of x that one reading of the weights serves
 
   static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
+  static constexpr bool kHasMasks = false;  // no loads and stores of a few lanes
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float value) { return _mm256_set1_ps(value); }
@@ -67,6 +68,20 @@ struct V {
       }
       _mm_storeu_si128(static_cast<__m128i*>(at), halves);
     }
+  }
+
+  // Values as they are once stored as DT.
+  template <lk_dtype DT>
+  static F rounded(F values) {
+    if constexpr (DT == LK_BFLOAT16) {
+      return _mm256_castsi256_ps(
+          _mm256_and_si256(bf16_bits(values), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    }
+    if constexpr (DT == LK_FLOAT16) {
+      return _mm256_cvtph_ps(
+          _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    return values;
   }
 
   template <lk_dtype DT>
@@ -211,19 +226,6 @@ struct V {
     const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
                             _mm256_permutevar8x32_ps(table.high, index), upper);
-  }
-
-  template <lk_dtype DT>
-  static F rounded(F values) {
-    if constexpr (DT == LK_BFLOAT16) {
-      return _mm256_castsi256_ps(
-          _mm256_and_si256(bf16_bits(values), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-    }
-    if constexpr (DT == LK_FLOAT16) {
-      return _mm256_cvtph_ps(
-          _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-    return values;
   }
 
   // Rounded to bfloat16, in the upper half of each lane; the lower half is undefined.

@@ -39,27 +39,48 @@ struct V {
     }
   }
 
+  static constexpr bool kHasMasks = true;
+
+  // The first n < 16 lanes, the rest zero; touches nothing beyond them.
+  template <lk_dtype DT>
+  static F load_first(const void* base, int64_t index, int64_t n) {
+    const __mmask16 lanes = static_cast<__mmask16>((1u << n) - 1);
+    if constexpr (DT == LK_FLOAT32) {
+      return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(base) + index);
+    } else {
+      const void* at = static_cast<const uint16_t*>(base) + index;
+      const __m256i halves = _mm256_maskz_loadu_epi16(lanes, at);
+      if constexpr (DT == LK_FLOAT16) return _mm512_cvtph_ps(halves);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+  }
+
+  template <lk_dtype DT>
+  static void store_first(void* base, int64_t index, int64_t n, F value) {
+    const __mmask16 lanes = static_cast<__mmask16>((1u << n) - 1);
+    if constexpr (DT == LK_FLOAT32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(base) + index, lanes, value);
+    } else {
+      void* at = static_cast<uint16_t*>(base) + index;
+      _mm256_mask_storeu_epi16(at, lanes, halves_of<DT>(value));
+    }
+  }
+
   template <lk_dtype DT>
   static void store(void* base, int64_t index, F value) {
     if constexpr (DT == LK_FLOAT32) {
       _mm512_storeu_ps(static_cast<float*>(base) + index, value);
     } else {
       void* at = static_cast<uint16_t*>(base) + index;
-      __m256i halves;
-      if constexpr (DT == LK_FLOAT16) {
-        halves = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      } else {
-        halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(value), 16));
-      }
-      _mm256_storeu_si256(static_cast<__m256i*>(at), halves);
+      _mm256_storeu_si256(static_cast<__m256i*>(at), halves_of<DT>(value));
     }
   }
 
+  // Values as they are once stored as DT. Without bf16_bits' care for NaN: the one that arithmetic
+  // on numbers of DT makes stays one.
   template <lk_dtype DT>
-  static Table table(float scale) {
-    const F values = _mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(scale));
+  static F rounded(F values) {
     if constexpr (DT == LK_BFLOAT16) {
-      // Without bf16_bits' care for NaN: the one that arithmetic makes stays one.
       const __m512i bits = _mm512_castps_si512(values);
       const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
       const __m512i rounded =
@@ -72,6 +93,11 @@ struct V {
           _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     return values;
+  }
+
+  template <lk_dtype DT>
+  static Table table(float scale) {
+    return rounded<DT>(_mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(scale)));
   }
 
   // The values of the 16 indices in 8 bytes, in order.
@@ -208,6 +234,14 @@ struct V {
   }
   static F unpack_high(F a, F b) {
     return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+
+  template <lk_dtype DT>
+  static __m256i halves_of(F value) {
+    if constexpr (DT == LK_FLOAT16) {
+      return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(value), 16));
   }
 
   // Rounded to bfloat16, in the upper half of each lane; the lower half is undefined.

@@ -13,6 +13,7 @@ struct V {
   static constexpr int kDotRows = 4;  // rows of x that one reading of the weights serves
 
   static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
+  static constexpr bool kHasMasks = false;  // no loads and stores of a few lanes
 
   static F zero() { return F{0.0f, 0.0f, 0.0f, 0.0f}; }
   static F set1(float value) { return F{value, value, value, value}; }
@@ -65,6 +66,13 @@ struct V {
         halves[i] = DT == LK_FLOAT16 ? float_to_f16(value[i]) : float_to_bf16(value[i]);
       }
     }
+  }
+
+  // Values as they are once stored as DT.
+  template <lk_dtype DT>
+  static F rounded(F values) {
+    for (int i = 0; i < kWidth; ++i) values[i] = round_to<DT>(values[i]);
+    return values;
   }
 
   template <lk_dtype DT>

@@ -15,8 +15,8 @@ from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.attention import SequenceLayout, attend
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
-from ladder_kernels.nn.rotary import Rotary, rotate_
-from ladder_kernels.ops import nf4_swiglu, rms_norm
+from ladder_kernels.nn.rotary import Rotary
+from ladder_kernels.ops import nf4_swiglu, rms_norm, rotary_
 
 __all__ = ["NativeBackbone"]
 
@@ -86,7 +86,7 @@ class NativeBlock(nn.Module):
         if self.qk_norm:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         if self.rope:
-            q, k = rotate_(q, *rotary), rotate_(k, *rotary)
+            rotary_(q, k, *rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)

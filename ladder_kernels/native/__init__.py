@@ -24,6 +24,7 @@ __all__ = [
     "MODULE",
     "DenseMatrix",
     "NF4Matrix",
+    "RungTap",
     "Status",
     "Strides",
     "library",
@@ -31,7 +32,7 @@ __all__ = [
     "status",
 ]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"
@@ -66,6 +67,16 @@ class DenseMatrix(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("stride", ctypes.c_int64),
+    )
+
+
+class RungTap(ctypes.Structure):
+    """``lk_rung_tap``: what a rung reads of one layer, its projection, and the gradient's place."""
+
+    _fields_ = (
+        ("tap", DenseMatrix),
+        ("down", DenseMatrix),
+        ("ddown", ctypes.c_void_p),
     )
 
 
@@ -199,6 +210,25 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ),
         "lk_nf4_dequantize": (matrix, number, size, size, pointer, number),
         "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
+        "lk_rms_norm": (
+            *(number, size, size, pointer, size, pointer, size, pointer, ctypes.c_float),
+            *(pointer, pointer, number),
+        ),
+        "lk_rms_norm_backward": (
+            *(number, size, size, pointer, size, pointer, size, pointer, ctypes.c_float),
+            *(pointer, pointer, number),
+        ),
+        "lk_rung_merge": (
+            *(number, size, size, pointer, size, ctypes.POINTER(RungTap), size, pointer, size),
+            *(ctypes.c_float, pointer, number),
+        ),
+        "lk_rung_merge_backward": (
+            *(number, size, size, pointer, size, pointer, size, ctypes.POINTER(RungTap), size),
+            *(pointer, size, ctypes.c_float, pointer, pointer, number),
+        ),
+        "lk_rotary": (
+            *(number, size, size, size, size, pointer, strides, pointer, pointer, strides, number),
+        ),
     }
     for name, arguments in signatures.items():
         function = getattr(loaded, name)

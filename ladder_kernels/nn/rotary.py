@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ladder_kernels.errors import UnsupportedModelError
 from ladder_kernels.nn.linear import move_exactly
 
-__all__ = ["ROPE_TYPES", "Rotary", "rotate_"]
+__all__ = ["ROPE_TYPES", "Rotary"]
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -99,22 +99,3 @@ class Rotary(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Rotary:
         move_exactly(self, fn, ("inv_freq",))
         return self
-
-
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads in place, channel ``i`` with ``i + head_dim / 2``, rounding as transformers.
-
-    Args:
-        x: ``[B, S, H, head_dim]``, overwritten.
-        cos: ``[B or 1, S, 1, head_dim / 2]``.
-        sin: As ``cos``.
-
-    Returns:
-        ``x``.
-    """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    from_second, from_first = second * sin, first * sin
-    first.mul_(cos).sub_(from_second)
-    second.mul_(cos).add_(from_first)
-    return x

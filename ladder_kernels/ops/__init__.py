@@ -13,6 +13,7 @@ from ladder_kernels.ops.nf4_linear import nf4_linear, nf4_linear_transposed
 from ladder_kernels.ops.nf4_swiglu import nf4_swiglu
 from ladder_kernels.ops.ranged_attention import ranged_attention
 from ladder_kernels.ops.rms_norm import rms_norm
+from ladder_kernels.ops.rotary import rotary_
 from ladder_kernels.ops.rung_merge import rung_merge
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "nf4_swiglu",
     "ranged_attention",
     "rms_norm",
+    "rotary_",
     "rung_merge",
     "set_backend",
     "use_backend",

@@ -10,6 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from ladder_kernels import ops
 from ladder_kernels.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -10,6 +10,8 @@ from ladder_kernels import ops
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.ops.rung_merge import reference
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MODES = ["sum", "gate", "channel"]
 
