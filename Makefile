@@ -5,6 +5,7 @@
 #   make lint    ruff, pyright, clang-format
 #   make bench   run the benchmarks under bench/
 #   make sanitize    the native kernels' test program under sanitizers
+#   make neon        the native kernels of AArch64, cross-compiled and run under emulation
 #
 # PYTHON=python3.12        another interpreter for the environment
 # TORCH_INDEX=<url>        a wheel index to take torch from (on Linux without an NVIDIA GPU, PyTorch's
@@ -14,9 +15,10 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+KERNELS_TEST := -DLK_TESTS=ON -DLK_WARNINGS_AS_ERRORS=ON
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize neon clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
@@ -73,11 +75,24 @@ lint: $(VENV)/.lint
 sanitize:
 	@for kind in address,undefined thread; do \
 	  echo "==> native kernels under the sanitizers $$kind" && \
-	  cmake -S . -B build/sanitize-$$kind -DLK_SANITIZE=$$kind -DLK_TESTS=ON \
-	    -DLK_WARNINGS_AS_ERRORS=ON > /dev/null && \
-	  cmake --build build/sanitize-$$kind --target linear_test > /dev/null && \
-	  build/sanitize-$$kind/csrc/linear_test || exit 1; \
+	  cmake -S . -B build/sanitize-$$kind -DLK_SANITIZE=$$kind $(KERNELS_TEST) > /dev/null && \
+	  cmake --build build/sanitize-$$kind --target kernels_tests > /dev/null || exit 1; \
+	  for test in kernels nf4_format rung; do \
+	    build/sanitize-$$kind/csrc/$${test}_test || exit 1; \
+	  done; \
 	done
+
+# On an emulated Cortex-A53, which has the base architecture and nothing more.
+neon:
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
+	  command -v $$tool > /dev/null || { echo "make neon needs $$tool; on Debian and Ubuntu:" \
+	    "apt-get install g++-aarch64-linux-gnu qemu-user"; exit 2; }; \
+	done
+	@echo "==> native kernels for AArch64 under qemu"
+	@cmake -S . -B build/neon -DCMAKE_TOOLCHAIN_FILE=csrc/cmake/aarch64-linux-gnu.cmake \
+	  $(KERNELS_TEST) > /dev/null
+	@cmake --build build/neon > /dev/null
+	@qemu-aarch64 -cpu cortex-a53 build/neon/csrc/kernels_test neon baseline
 
 bench: $(VENV)/.bench
 	@$(VENV)/bin/python -m bench

@@ -79,7 +79,7 @@ LK_API int32_t lk_abi_version(void);
 /* Release that the library was built from, such as "0.1.0". */
 LK_API const char* lk_version(void);
 
-/* Instruction set in use: "baseline", "avx2", "avx512" or "avx512_bf16". */
+/* Instruction set in use: "baseline", "avx2", "avx512", "avx512_bf16" or "neon". */
 LK_API const char* lk_isa(void);
 
 /* Space-separated names of the variants that this library holds and this processor runs. */

@@ -4,6 +4,10 @@
 #include <string>
 #include <vector>
 
+#if defined(LK_HAVE_AVX2)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace {
@@ -13,8 +17,9 @@ std::vector<const lk::Kernels*> runnable() {
   std::vector<const lk::Kernels*> found;
 #if defined(LK_HAVE_AVX2)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  unsigned eax, ebx, ecx = 0, edx;  // not every Clang knows "f16c" as a name
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
 #endif
 #if defined(LK_HAVE_AVX512)
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
@@ -29,6 +34,9 @@ std::vector<const lk::Kernels*> runnable() {
 #endif
 #if defined(LK_HAVE_AVX2)
   if (avx2) found.push_back(&lk::avx2::kernels);
+#endif
+#if defined(LK_HAVE_NEON)
+  found.push_back(&lk::neon::kernels);  // part of every AArch64
 #endif
   found.push_back(&lk::baseline::kernels);
   return found;

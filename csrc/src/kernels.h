@@ -195,5 +195,10 @@ namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 #endif
+#if defined(LK_HAVE_NEON)
+namespace neon {
+extern const Kernels kernels;
+}
+#endif
 
 }  // namespace lk

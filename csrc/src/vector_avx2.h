@@ -9,11 +9,17 @@ struct V {
   static constexpr int kWidth = 8;
   static constexpr int kTileRows = 6;  // 6 x 2 sums, 2 weights, 1 activation: 15 of 16 registers
   static constexpr int kTileVectors = 2;
-  static constexpr int kDotSums = 4;  // sums of a few rows' products in registers at once
-  static constexpr int kDotRows = 4;  // rows of x that one reading of the weights serves
+  static constexpr int kDotSums = 4;     // sums of a few rows' products in registers at once
+  static constexpr int kDotWeights = 4;  // rows of W at once
+  static constexpr int kDotRows = 4;     // rows of x that one reading of the weights serves
 
   static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
   static constexpr bool kHasMasks = false;  // no loads and stores of a few lanes
+
+  // kWidth numbers, each of which is wanted in all lanes.
+  using Numbers = const float*;
+  static Numbers numbers(const float* from) { return from; }
+  static F spread(Numbers from, int i) { return set1(from[i]); }
 
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float value) { return _mm256_set1_ps(value); }

@@ -7,8 +7,14 @@ struct V {
   static constexpr int kWidth = 16;
   static constexpr int kTileRows = 14;  // 14 x 2 sums, 2 weights, 1 activation: 31 of 32 registers
   static constexpr int kTileVectors = 2;
-  static constexpr int kDotSums = 24;  // sums of a few rows' products in registers at once
-  static constexpr int kDotRows = 6;   // rows of x that one reading of the weights serves
+  static constexpr int kDotSums = 24;    // sums of a few rows' products in registers at once
+  static constexpr int kDotWeights = 4;  // rows of W at once
+  static constexpr int kDotRows = 6;     // rows of x that one reading of the weights serves
+
+  // kWidth numbers, each of which is wanted in all lanes.
+  using Numbers = const float*;
+  static Numbers numbers(const float* from) { return from; }
+  static F spread(Numbers from, int i) { return set1(from[i]); }
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float value) { return _mm512_set1_ps(value); }

@@ -1,0 +1,198 @@
+// Eight floats at a time, in two registers: AArch64's Advanced SIMD as every such processor has it.
+//
+// Two, because a look-up of eight bytes then fills the registers that TBL reads: sixteen indices,
+// looked up in four tables of bytes and put together. The other way, one TBL with a table of four
+// registers, gives four floats for three times the price of a TBL with one (Arm's optimisation
+// guides for Neoverse N1, V1 and N2).
+
+struct V {
+  struct F {
+    float32x4_t low, high;
+  };
+  // Sixteen values, one for each 4-bit index: byte p of all of them in plane p.
+  struct Table {
+    uint8x16_t plane[4];
+  };
+
+  static constexpr int kWidth = 8;
+  static constexpr int kTileRows = 6;  // 24 registers of sums, 4 weights, 2 activations: 30 of 32
+  static constexpr int kTileVectors = 2;
+  static constexpr int kDotSums = 4;     // sums of a few rows' products in registers at once
+  static constexpr int kDotWeights = 2;  // rows of W at once: each has a table in 4 registers
+  static constexpr int kDotRows = 8;     // rows of x that one reading of the weights serves
+
+  static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
+
+  // Eight numbers, each of which is wanted in all lanes: FMLA takes a lane of a register.
+  using Numbers = F;
+  static Numbers numbers(const float* from) { return load<LK_FLOAT32>(from, 0); }
+  static F spread(Numbers from, int i) { return set1(i < 4 ? from.low[i] : from.high[i - 4]); }
+
+  static F zero() { return set1(0.0f); }
+  static F set1(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
+  static F add(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+  static F subtract(F a, F b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+  static F multiply(F a, F b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+  static F divide(F a, F b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+  static F negate(F a) { return {vnegq_f32(a.low), vnegq_f32(a.high)}; }
+  // The second operand where either is NaN: FMIN and FMAX would give the NaN.
+  static F minimum(F a, F b) {
+    return {vbslq_f32(vcltq_f32(a.low, b.low), a.low, b.low),
+            vbslq_f32(vcltq_f32(a.high, b.high), a.high, b.high)};
+  }
+  static F maximum(F a, F b) {
+    return {vbslq_f32(vcgtq_f32(a.low, b.low), a.low, b.low),
+            vbslq_f32(vcgtq_f32(a.high, b.high), a.high, b.high)};
+  }
+  static F nearest(F a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+  // For n a whole number such that a and the result are normal.
+  static F times_power_of_two(F a, F n) {
+    return {times_power_of_two(a.low, n.low), times_power_of_two(a.high, n.high)};
+  }
+  static F multiply_add(F a, F b, F c) {
+    return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+  }
+  static float sum(F a) {
+    const float32x4_t four = vaddq_f32(a.low, a.high);
+    return vaddv_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
+  }
+
+  template <lk_dtype DT>
+  static F load(const void* base, int64_t index) {
+    if constexpr (DT == LK_FLOAT32) {
+      const float* at = static_cast<const float*>(base) + index;
+      return {vld1q_f32(at), vld1q_f32(at + 4)};
+    } else {
+      return widened<DT>(vld1q_u16(static_cast<const uint16_t*>(base) + index));
+    }
+  }
+
+  template <lk_dtype DT>
+  static void store(void* base, int64_t index, F value) {
+    if constexpr (DT == LK_FLOAT32) {
+      float* at = static_cast<float*>(base) + index;
+      vst1q_f32(at, value.low);
+      vst1q_f32(at + 4, value.high);
+    } else {
+      vst1q_u16(static_cast<uint16_t*>(base) + index, halves<DT>(value));
+    }
+  }
+
+  template <lk_dtype DT>
+  static Table table(float scale) {
+    const float32x4_t by = vdupq_n_f32(scale);
+    const F first{vmulq_f32(vld1q_f32(kCode), by), vmulq_f32(vld1q_f32(kCode + 4), by)};
+    const F last{vmulq_f32(vld1q_f32(kCode + 8), by), vmulq_f32(vld1q_f32(kCode + 12), by)};
+    Table table;
+    split(rounded<DT>(first), rounded<DT>(last), table);
+    return table;
+  }
+
+  // The values of the 16 indices in 8 bytes, in order.
+  static void look_up(const uint8_t* bytes, const Table& table, F* out) {
+    const uint8x8_t packed = vld1_u8(bytes);
+    const uint8x8x2_t indices = vzip_u8(vshr_n_u8(packed, 4), vand_u8(packed, vdup_n_u8(15)));
+    choose(vcombine_u8(indices.val[0], indices.val[1]), table, out[0], out[1]);
+  }
+
+  // The values of the 16 indices in 8 bytes: the even ones, which are the high nibbles, and the
+  // odd.
+  static void look_up_split(const uint8_t* bytes, const Table& table, F& even, F& odd) {
+    const uint8x8_t packed = vld1_u8(bytes);
+    choose(vcombine_u8(vshr_n_u8(packed, 4), vand_u8(packed, vdup_n_u8(15))), table, even, odd);
+  }
+
+  static void transpose(F* row) {
+    for (int i = 0; i < 4; ++i) {
+      const float32x4_t upper_right = row[i].high;
+      row[i].high = row[i + 4].low;
+      row[i + 4].low = upper_right;
+    }
+    transpose_four(row[0].low, row[1].low, row[2].low, row[3].low);
+    transpose_four(row[0].high, row[1].high, row[2].high, row[3].high);
+    transpose_four(row[4].low, row[5].low, row[6].low, row[7].low);
+    transpose_four(row[4].high, row[5].high, row[6].high, row[7].high);
+  }
+
+ private:
+  static float32x4_t times_power_of_two(float32x4_t a, float32x4_t n) {
+    const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), exponent));
+  }
+
+  template <lk_dtype DT>
+  static F widened(uint16x8_t halves) {
+    if constexpr (DT == LK_FLOAT16) {
+      const float16x8_t values = vreinterpretq_f16_u16(halves);
+      return {vcvt_f32_f16(vget_low_f16(values)), vcvt_high_f32_f16(values)};
+    } else {
+      return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16)),
+              vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16))};
+    }
+  }
+
+  template <lk_dtype DT>
+  static uint16x8_t halves(F value) {
+    if constexpr (DT == LK_FLOAT16) {
+      return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(value.low), value.high));
+    } else {
+      return vuzp2q_u16(bf16_bits(value.low), bf16_bits(value.high));
+    }
+  }
+
+  template <lk_dtype DT>
+  static F rounded(F value) {
+    return DT == LK_FLOAT32 ? value : widened<DT>(halves<DT>(value));
+  }
+
+  // Rounded to bfloat16, in the upper half of each 32-bit lane; the lower half is undefined.
+  static uint16x8_t bf16_bits(float32x4_t value) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(value);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    return vreinterpretq_u16_u32(vbslq_u32(vceqq_f32(value, value), rounded, quiet));
+  }
+
+  static uint16x8_t halves_of(float32x4_t value) { return vreinterpretq_u16_f32(value); }
+
+  static void split(F first, F last, Table& table) {
+    // First the lower and the upper halves of eight values, then the bytes of sixteen halves.
+    const uint8x16_t low[2] = {
+        vreinterpretq_u8_u16(vuzp1q_u16(halves_of(first.low), halves_of(first.high))),
+        vreinterpretq_u8_u16(vuzp1q_u16(halves_of(last.low), halves_of(last.high)))};
+    const uint8x16_t high[2] = {
+        vreinterpretq_u8_u16(vuzp2q_u16(halves_of(first.low), halves_of(first.high))),
+        vreinterpretq_u8_u16(vuzp2q_u16(halves_of(last.low), halves_of(last.high)))};
+    table.plane[0] = vuzp1q_u8(low[0], low[1]);
+    table.plane[1] = vuzp2q_u8(low[0], low[1]);
+    table.plane[2] = vuzp1q_u8(high[0], high[1]);
+    table.plane[3] = vuzp2q_u8(high[0], high[1]);
+  }
+
+  // The values of 16 indices: each byte of each looked up in its plane, then put together.
+  static void choose(uint8x16_t indices, const Table& table, F& first, F& last) {
+    const uint8x16_t b0 = vqtbl1q_u8(table.plane[0], indices);
+    const uint8x16_t b1 = vqtbl1q_u8(table.plane[1], indices);
+    const uint8x16_t b2 = vqtbl1q_u8(table.plane[2], indices);
+    const uint8x16_t b3 = vqtbl1q_u8(table.plane[3], indices);
+    first = join(vzip1q_u8(b0, b1), vzip1q_u8(b2, b3));
+    last = join(vzip2q_u8(b0, b1), vzip2q_u8(b2, b3));
+  }
+
+  static F join(uint8x16_t lower, uint8x16_t upper) {
+    const uint16x8_t a = vreinterpretq_u16_u8(lower), b = vreinterpretq_u16_u8(upper);
+    return {vreinterpretq_f32_u16(vzip1q_u16(a, b)), vreinterpretq_f32_u16(vzip2q_u16(a, b))};
+  }
+
+  static void transpose_four(float32x4_t& a, float32x4_t& b, float32x4_t& c, float32x4_t& d) {
+    const float64x2_t ab_even = vreinterpretq_f64_f32(vtrn1q_f32(a, b));
+    const float64x2_t ab_odd = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+    const float64x2_t cd_even = vreinterpretq_f64_f32(vtrn1q_f32(c, d));
+    const float64x2_t cd_odd = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+    a = vreinterpretq_f32_f64(vtrn1q_f64(ab_even, cd_even));
+    b = vreinterpretq_f32_f64(vtrn1q_f64(ab_odd, cd_odd));
+    c = vreinterpretq_f32_f64(vtrn2q_f64(ab_even, cd_even));
+    d = vreinterpretq_f32_f64(vtrn2q_f64(ab_odd, cd_odd));
+  }
+};
