@@ -4,7 +4,7 @@
 #   make test    run the tests
 #   make lint    ruff, pyright, clang-format
 #   make bench   run the benchmarks under bench/
-#   make sanitize    the native kernels' test program under sanitizers
+#   make sanitize    the native kernels' test programs under sanitizers
 #
 # PYTHON=python3.12        another interpreter for the environment
 # TORCH_INDEX=<url>        a wheel index to take torch from (on Linux without an NVIDIA GPU, PyTorch's
@@ -69,14 +69,14 @@ lint: $(VENV)/.lint
 	@$(VENV)/bin/pyright
 	@$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
-# The native kernels' own test program, once under each pair of sanitizers that go together.
+# The native kernels' own test programs, once under each pair of sanitizers that go together.
 sanitize:
 	@for kind in address,undefined thread; do \
 	  echo "==> native kernels under the sanitizers $$kind" && \
 	  cmake -S . -B build/sanitize-$$kind -DLK_SANITIZE=$$kind -DLK_TESTS=ON \
 	    -DLK_WARNINGS_AS_ERRORS=ON > /dev/null && \
-	  cmake --build build/sanitize-$$kind --target linear_test > /dev/null && \
-	  build/sanitize-$$kind/csrc/linear_test || exit 1; \
+	  cmake --build build/sanitize-$$kind --target linear_test rung_test > /dev/null && \
+	  build/sanitize-$$kind/csrc/linear_test && build/sanitize-$$kind/csrc/rung_test || exit 1; \
 	done
 
 bench: $(VENV)/.bench

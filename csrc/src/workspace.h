@@ -6,7 +6,18 @@
 namespace lk {
 
 // What a thread may want scratch memory for; each purpose has its own buffer.
-enum class Scratch { activations, weights, sums, rows, hidden, scores, result, parts, factors, count };
+enum class Scratch {
+  activations,
+  weights,
+  sums,
+  rows,
+  hidden,
+  scores,
+  result,
+  parts,
+  factors,
+  count
+};
 
 // At least `bytes` of this thread's memory for a purpose, aligned to 64 bytes, contents undefined;
 // nullptr if there is none to be had. Valid until the thread's next request for the same purpose.
