@@ -20,7 +20,10 @@ LEFT[1, :3] = 0
 
 def trained(backbone: Any, **options: Any) -> LadderForCausalLM:
     """A ladder that changes what the base says."""
-    model = LadderForCausalLM.from_backbone(backbone, LadderConfig(reduction=4, **options))
+    # Narrower taps would make a large difference of the smallest one: of a neighbour after rounding.
+    model = LadderForCausalLM.from_backbone(
+        backbone, LadderConfig(reduction=4, **options), tap_dtype="float32"
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -115,9 +115,7 @@ def test_compiled():
     q, k = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 1, 8)
     cos, sin = tables(1, 3, 4, torch.float32)
     compiled = torch.compile(turned, backend="aot_eager", fullgraph=True)
-    for ours, wanted in zip(
-        compiled(q, k, cos, sin), turned(q, k, cos, sin), strict=True
-    ):
+    for ours, wanted in zip(compiled(q, k, cos, sin), turned(q, k, cos, sin), strict=True):
         assert torch.equal(ours, wanted)
 
 

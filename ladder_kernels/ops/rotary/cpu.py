@@ -5,8 +5,6 @@ Equal to the reference by bits. float64 has no native kernel.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
