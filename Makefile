@@ -93,6 +93,9 @@ neon:
 	  $(KERNELS_TEST) > /dev/null
 	@cmake --build build/neon > /dev/null
 	@qemu-aarch64 -cpu cortex-a53 build/neon/csrc/kernels_test neon baseline
+	@for test in nf4_format rung; do \
+	  qemu-aarch64 -cpu cortex-a53 build/neon/csrc/$${test}_test || exit 1; \
+	done
 
 bench: $(VENV)/.bench
 	@$(VENV)/bin/python -m bench

@@ -22,6 +22,7 @@ struct V {
   static constexpr int kDotRows = 8;     // rows of x that one reading of the weights serves
 
   static constexpr bool kHasPairs = false;  // no product of bfloat16 pairs
+  static constexpr bool kHasMasks = false;  // no loads and stores of a few lanes
 
   // Eight numbers, each of which is wanted in all lanes: FMLA takes a lane of a register.
   using Numbers = F;
@@ -114,7 +115,64 @@ struct V {
     transpose_four(row[4].high, row[5].high, row[6].high, row[7].high);
   }
 
+  // Rounded to DT and widened again.
+  template <lk_dtype DT>
+  static F rounded(F value) {
+    return DT == LK_FLOAT32 ? value : widened<DT>(halves<DT>(value));
+  }
+
+  // The larger magnitude of two, where infinity is above all numbers and NaN above infinity. The
+  // first operand is a magnitude already.
+  static F larger_magnitude(F a, F b) {
+    return {larger_magnitude(a.low, b.low), larger_magnitude(a.high, b.high)};
+  }
+  static float largest_magnitude(F a) {
+    return float_of(
+        vmaxvq_u32(vmaxq_u32(vreinterpretq_u32_f32(a.low), vreinterpretq_u32_f32(a.high))));
+  }
+
+  // The indices of the centroids nearest to 32 numbers in [-1, 1], in 16 bytes.
+  static void nearest(const F* values, uint8_t* bytes) {
+    float numbers[32];
+    for (int i = 0; i < 4; ++i) store<LK_FLOAT32>(numbers, i * kWidth, values[i]);
+    for (int i = 0; i < 16; ++i) {
+      bytes[i] = static_cast<uint8_t>(nearest_centroid(numbers[2 * i]) << 4 |
+                                      nearest_centroid(numbers[2 * i + 1]));
+    }
+  }
+
+  struct Halves {  // sixteen values of a dtype of two bytes, one for each 4-bit index
+    uint8x16_t low, high;
+  };
+
+  template <lk_dtype DT>
+  static Halves halves(float scale) {
+    uint16_t values[16];
+    for (int i = 0; i < 16; i += kWidth) {
+      store<DT>(values, i, multiply(load<LK_FLOAT32>(kCode, i), set1(scale)));
+    }
+    const uint8x16x2_t bytes = vld2q_u8(reinterpret_cast<const uint8_t*>(values));
+    return {bytes.val[0], bytes.val[1]};
+  }
+
+  // The values of the 32 indices in 16 bytes, in order.
+  static void look_up_halves(const uint8_t* bytes, const Halves& table, uint16_t* out) {
+    const uint8x16_t packed = vld1q_u8(bytes);
+    const uint8x16_t even = vshrq_n_u8(packed, 4), odd = vandq_u8(packed, vdupq_n_u8(15));
+    const uint8x16_t index[2] = {vzip1q_u8(even, odd), vzip2q_u8(even, odd)};
+    for (int i = 0; i < 2; ++i) {
+      const uint8x16x2_t halves = {
+          {vqtbl1q_u8(table.low, index[i]), vqtbl1q_u8(table.high, index[i])}};
+      vst2q_u8(reinterpret_cast<uint8_t*>(out + 16 * i), halves);
+    }
+  }
+
  private:
+  static float32x4_t larger_magnitude(float32x4_t a, float32x4_t b) {
+    const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(b), vdupq_n_u32(0x7fffffff));
+    return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), magnitude));
+  }
+
   static float32x4_t times_power_of_two(float32x4_t a, float32x4_t n) {
     const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n), 23);
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), exponent));
@@ -138,11 +196,6 @@ struct V {
     } else {
       return vuzp2q_u16(bf16_bits(value.low), bf16_bits(value.high));
     }
-  }
-
-  template <lk_dtype DT>
-  static F rounded(F value) {
-    return DT == LK_FLOAT32 ? value : widened<DT>(halves<DT>(value));
   }
 
   // Rounded to bfloat16, in the upper half of each 32-bit lane; the lower half is undefined.
