@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 # Tiny tensors gain nothing from threads and lose much where cores are busy; processes that tests
 # start inherit this. Tests of threads set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when datasets is imported, which some test module does before a command could ask for it.
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
