@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHES = ("bench.nf4_linear", "bench.nf4_quantize", "bench.train_step")
+BENCHES = ("bench.nf4_linear", "bench.nf4_quantize")
 """Each runs in a process of its own."""
 
 
