@@ -59,9 +59,13 @@ def command(
     check_model(options.model, options.gguf_file)
     device_of(options.device)
 
+    from accelerate import PartialState
+
     from ladder_kernels.training.run import train
 
     result = train(options)
+    # A group left to the end of the process may abort it: its threads outlive what they use.
+    PartialState().destroy_process_group()
     if int(os.environ.get("RANK", "0")) != 0:  # of several processes one reports
         return
     if as_json:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from conftest import train_plain
 from datasets import load_from_disk
 from safetensors.torch import save_file
@@ -35,6 +36,12 @@ class Hang(TrainerCallback):
 
 
 def main() -> None:
+    run()
+    # A group left to the end of the process may abort it: its threads outlive what they use.
+    PartialState().destroy_process_group()
+
+
+def run() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.use_deterministic_algorithms(True, warn_only=True)
     if "options" in spec:
