@@ -15,6 +15,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 KERNELS_TEST := -DLK_TESTS=ON -DLK_WARNINGS_AS_ERRORS=ON
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
@@ -76,7 +77,8 @@ sanitize:
 	@for kind in address,undefined thread; do \
 	  echo "==> native kernels under the sanitizers $$kind" && \
 	  cmake -S . -B build/sanitize-$$kind -DLK_SANITIZE=$$kind $(KERNELS_TEST) > /dev/null && \
-	  cmake --build build/sanitize-$$kind --target kernels_tests > /dev/null || exit 1; \
+	  cmake --build build/sanitize-$$kind --parallel $(CORES) --target kernels_tests > /dev/null \
+	    || exit 1; \
 	  for test in kernels nf4_format rung; do \
 	    build/sanitize-$$kind/csrc/$${test}_test || exit 1; \
 	  done; \
@@ -91,7 +93,7 @@ neon:
 	@echo "==> native kernels for AArch64 under qemu"
 	@cmake -S . -B build/neon -DCMAKE_TOOLCHAIN_FILE=csrc/cmake/aarch64-linux-gnu.cmake \
 	  $(KERNELS_TEST) > /dev/null
-	@cmake --build build/neon > /dev/null
+	@cmake --build build/neon --parallel $(CORES) --target kernels_tests > /dev/null
 	@qemu-aarch64 -cpu cortex-a53 build/neon/csrc/kernels_test neon baseline
 	@for test in nf4_format rung; do \
 	  qemu-aarch64 -cpu cortex-a53 build/neon/csrc/$${test}_test || exit 1; \

@@ -128,8 +128,10 @@ LK_API lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* u
 /*
  * For i in [0, count), with t = tokens[i]:
  *
- *   z[v]    = logit_scale * sum_d hidden[t, d] * head[v, d],   l = softcap * tanh(z / softcap), or
- * z lse[t]  = logsumexp(l) loss[t] = lse[t] - l[labels[t]] grad[t] = d loss[t] / d hidden[t]
+ *   z[v] = logit_scale * sum_d hidden[t, d] * head[v, d]
+ *   l[v] = softcap * tanh(z[v] / softcap), or z[v]
+ *
+ *   lse[t] = logsumexp(l),   loss[t] = lse[t] - l[labels[t]],   grad[t] = d loss[t] / d hidden[t]
  *
  *   nf4_head, dense_head  rows = V, cols = D; one of the two, the other NULL. An NF4 head is
  *                         dequantised to dtype, a dense one may have another dtype.

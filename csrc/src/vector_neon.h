@@ -133,12 +133,9 @@ struct V {
 
   // The indices of the centroids nearest to 32 numbers in [-1, 1], in 16 bytes.
   static void nearest(const F* values, uint8_t* bytes) {
-    float numbers[32];
-    for (int i = 0; i < 4; ++i) store<LK_FLOAT32>(numbers, i * kWidth, values[i]);
-    for (int i = 0; i < 16; ++i) {
-      bytes[i] = static_cast<uint8_t>(nearest_centroid(numbers[2 * i]) << 4 |
-                                      nearest_centroid(numbers[2 * i + 1]));
-    }
+    const uint8x16_t first = nearest_sixteen(values[0], values[1]);
+    const uint8x16_t last = nearest_sixteen(values[2], values[3]);
+    vst1q_u8(bytes, vsliq_n_u8(vuzp2q_u8(first, last), vuzp1q_u8(first, last), 4));
   }
 
   struct Halves {  // sixteen values of a dtype of two bytes, one for each 4-bit index
@@ -171,6 +168,33 @@ struct V {
   static float32x4_t larger_magnitude(float32x4_t a, float32x4_t b) {
     const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(b), vdupq_n_u32(0x7fffffff));
     return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), magnitude));
+  }
+
+  // nearest_centroid of scalar.h.
+  static uint8x16_t nearest_sixteen(F a, F b) {
+    const uint8x16_t index =
+        narrow(roughly(a.low), roughly(a.high), roughly(b.low), roughly(b.high));
+    Table middles;
+    split(load<LK_FLOAT32>(kMiddles, 0), load<LK_FLOAT32>(kMiddles, 8), middles);
+    F first, last;
+    choose(index, middles, first, last);
+    const uint8x16_t above = narrow(vcgtq_f32(a.low, first.low), vcgtq_f32(a.high, first.high),
+                                    vcgtq_f32(b.low, last.low), vcgtq_f32(b.high, last.high));
+    return vsubq_u8(index, above);  // where it is above, all bits are set, which is -1
+  }
+
+  static uint32x4_t roughly(float32x4_t value) {
+    float32x4_t cubic = vfmaq_f32(vdupq_n_f32(kCubic[2]), value, vdupq_n_f32(kCubic[3]));
+    cubic = vfmaq_f32(vdupq_n_f32(kCubic[1]), cubic, value);
+    cubic = vfmaq_f32(vdupq_n_f32(kCubic[0]), cubic, value);
+    return vcvtq_u32_f32(cubic);
+  }
+
+  // The lowest bytes of sixteen lanes.
+  static uint8x16_t narrow(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
+    const uint16x8_t ab = vuzp1q_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b));
+    const uint16x8_t cd = vuzp1q_u16(vreinterpretq_u16_u32(c), vreinterpretq_u16_u32(d));
+    return vuzp1q_u8(vreinterpretq_u8_u16(ab), vreinterpretq_u8_u16(cd));
   }
 
   static float32x4_t times_power_of_two(float32x4_t a, float32x4_t n) {
