@@ -16,6 +16,7 @@ enum class Scratch {
   result,
   parts,
   factors,
+  channels,
   count
 };
 
