@@ -15,7 +15,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-__all__ = ["GGUFFile", "GGUFTensor"]
+__all__ = ["KEPT", "GGUFFile", "GGUFTensor"]
+
+KEPT = 2
+"""Elements of a tokenizer's arrays that :meth:`GGUFFile.without_tokenizer` keeps at most."""
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -126,15 +129,16 @@ class GGUFFile:
         if kind == _ARRAY:
             inner, count = cursor.unpack("<IQ")
             values = cursor.at
-            cursor.skip(inner, min(count, 1))
-            first_end = cursor.at
-            cursor.skip(inner, max(count - 1, 0))
+            kept = min(count, KEPT)
+            cursor.skip(inner, kept)
+            kept_end = cursor.at
+            cursor.skip(inner, count - kept)
             if key == _TOKENS:
                 self.vocabulary = count
             if key.startswith(_TOKENIZER):
                 before = cursor.memory[start : values - _LENGTH.size]
-                first = cursor.memory[values:first_end]
-                self._field_pieces += [before, _LENGTH.pack(min(count, 1)), first]
+                first = cursor.memory[values:kept_end]
+                self._field_pieces += [before, _LENGTH.pack(kept), first]
                 return
         else:
             self.fields[key] = cursor.string() if kind == _STRING else cursor.number(kind)
@@ -157,7 +161,8 @@ class GGUFFile:
     def without_tokenizer(self) -> bytes:
         """A GGUF file with this one's metadata and names of tensors, for those who ask no more.
 
-        Of the tokenizer's arrays only the first elements are there; every tensor is one number.
+        Of the tokenizer's arrays the first two elements are there (one alone, transformers would
+        take for no array); every tensor is one number.
         """
         pieces = [_MAGIC, struct.pack("<IQQ", 3, len(self.tensors), self._field_count)]
         pieces += self._field_pieces

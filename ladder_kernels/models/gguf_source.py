@@ -23,7 +23,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from ladder_kernels.errors import CheckpointError, MissingFileError, UnsupportedModelError
-from ladder_kernels.models.gguf_file import GGUFFile
+from ladder_kernels.models.gguf_file import KEPT, GGUFFile
 
 __all__ = ["GGUFSource"]
 
@@ -102,8 +102,8 @@ class GGUFSource:
             header = Path(folder) / "header.gguf"
             header.write_bytes(self._file.without_tokenizer())
             fields = load_gguf_checkpoint(str(header), return_tensors=False)["config"]
-        # Without a field of its own it is the number of tokens, of which the header has one.
-        if fields.get("vocab_size") == 1 and self._file.vocabulary:
+        # Without a field of its own, transformers counts the tokens: here, those that were kept.
+        if fields.get("vocab_size") == KEPT and self._file.vocabulary:
             fields["vocab_size"] = self._file.vocabulary
         return fields
 
