@@ -70,7 +70,7 @@ def _run(layers: list[str], seconds: float, isa: str | None) -> None:
                     found.append(
                         results.Row(
                             bench=bench,
-                            candidate=candidate + (f" [{isa}]" if isa else ""),
+                            candidate=candidate + (f" [ours held to {isa}]" if isa else ""),
                             model=layer,
                             shape=f"N={N} K={K}",
                             dtype=name,

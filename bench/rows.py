@@ -126,7 +126,8 @@ def commit() -> str:
         )
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    all_but_results = (":(top)", ":(top,exclude)bench/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *all_but_results)
     return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
 
 

@@ -169,6 +169,39 @@ int check_format(int64_t count, int64_t blocksize, lk_dtype dtype, int threads) 
   return wrong;
 }
 
+// Tensors so large that several threads work on them: as one alone does.
+int check_threads() {
+  const int64_t count = (1 << 21) + 77;
+  const Floats x(count);
+  std::vector<uint8_t> points(65536), packed[2], scales8[2];
+  for (auto& point : points) point = static_cast<uint8_t>(below(256));
+  std::vector<float> scales[2], nested[2], values[2];
+  int wrong = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int threads = i == 0 ? 1 : 4;
+    packed[i].resize(static_cast<size_t>((count + 1) / 2));
+    scales[i].resize(static_cast<size_t>((count + 31) / 32));
+    wrong += lk_nf4_quantize(LK_BFLOAT16, x.narrow.data(), count, 32, packed[i].data(),
+                             scales[i].data(), threads) != LK_OK;
+    scales8[i].resize(static_cast<size_t>(count));
+    nested[i].resize(static_cast<size_t>((count + 255) / 256));
+    wrong += lk_nf4_quantize_absmax(x.wide.data(), count, 0.5f, points.data(), scales8[i].data(),
+                                    nested[i].data(), threads) != LK_OK;
+    lk_nf4_matrix matrix{};
+    matrix.packed = packed[i].data();
+    matrix.absmax = scales[i].data();
+    matrix.rows = 1;
+    matrix.cols = count;
+    matrix.blocksize = 32;
+    values[i].resize(static_cast<size_t>(count - 5));
+    wrong +=
+        lk_nf4_dequantize(&matrix, LK_FLOAT32, 5, count - 5, values[i].data(), threads) != LK_OK;
+  }
+  wrong += packed[0] != packed[1] || scales[0] != scales[1] || values[0] != values[1];
+  wrong += scales8[0] != scales8[1] || nested[0] != nested[1];
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -181,6 +214,7 @@ int main() {
       const int64_t most = round % 10 == 0 ? 200000 : 3000;
       wrong += check_format(1 + below(static_cast<int>(most)), 32 << below(8), dtype, 1 + below(4));
     }
+    wrong += check_threads();
     std::printf("%s: %d wrong after %d calls\n", isa.c_str(), wrong, calls);
   }
   return wrong == 0 ? 0 : 1;

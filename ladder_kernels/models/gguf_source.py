@@ -6,11 +6,11 @@ Its blocks are dequantised tensor by tensor; names and layouts come from transfo
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +23,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from ladder_kernels.errors import CheckpointError, MissingFileError, UnsupportedModelError
+from ladder_kernels.models.gguf_file import KEPT, GGUFFile
 
 __all__ = ["GGUFSource"]
 
@@ -60,23 +61,22 @@ class GGUFSource:
         if not path.is_file():
             raise MissingFileError(f"'{path}' does not exist")
         try:
-            self._reader = gguf.GGUFReader(path)
-        except Exception as error:  # the reader lets whatever numpy meets come through
+            self._file = GGUFFile(path)
+        except (ValueError, OSError) as error:
             raise CheckpointError(f"'{path}' is truncated or corrupt: {_line(error)}") from None
         self.architecture = str(self._field("general.architecture"))
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._tensors = self._file.tensors
         self.config = self._configuration(path)
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
         self._processor = processor(config=self.config.to_dict())
         self._names: dict[str, str] = {}
 
     def _field(self, name: str) -> Any:
-        field = self._reader.get_field(name)
-        return None if field is None else field.contents()
+        return self._file.fields.get(name)
 
     def _configuration(self, path: Path) -> Any:
         try:
-            fields = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+            fields = self._fields_in_transformers()
             config = AutoConfig.for_model(**fields)
         except Exception as error:
             raise UnsupportedModelError(
@@ -95,6 +95,17 @@ class GGUFSource:
         if scaling:
             config.rope_parameters = {**config.rope_parameters, **scaling}
         return config
+
+    def _fields_in_transformers(self) -> dict[str, Any]:
+        """The configuration's fields, by transformers' table of them."""
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            header = Path(folder) / "header.gguf"
+            header.write_bytes(self._file.without_tokenizer())
+            fields = load_gguf_checkpoint(str(header), return_tensors=False)["config"]
+        # Without a field of its own, transformers counts the tokens: here, those that were kept.
+        if fields.get("vocab_size") == KEPT and self._file.vocabulary:
+            fields["vocab_size"] = self._file.vocabulary
+        return fields
 
     def _rope_scaling(self, config: Any) -> dict[str, Any]:
         """Rope scalings, which transformers' table of configuration fields leaves out."""
@@ -139,10 +150,10 @@ class GGUFSource:
     def _float(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type)
+            return tensor.dequantize()
         except NotImplementedError:
             raise UnsupportedModelError(
-                f"'{name}' in {self.where} has type {tensor.tensor_type.name}, which cannot be read"
+                f"'{name}' in {self.where} has type {tensor.kind.name}, which cannot be read"
             ) from None
 
     def _map(self) -> dict[str, str]:
@@ -157,17 +168,13 @@ class GGUFSource:
 
     def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
         """Shape of every tensor by its name in transformers."""
-        # The file counts dimensions from the fastest.
-        return {
-            ours: tuple(int(size) for size in reversed(self._tensors[name].shape))
-            for ours, name in self._map().items()
-        }
+        return {ours: self._tensors[name].shape for ours, name in self._map().items()}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised to fp32."""
         theirs = self._map()[name]
         weights = self._processor.process(weights=self._float(theirs), name=theirs).weights
-        return torch.from_numpy(np.array(weights, dtype=np.float32))
+        return torch.from_numpy(np.require(weights, np.float32, ("C", "W")))
 
 
 def _line(error: Exception) -> str:

@@ -40,6 +40,7 @@ def write(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, np.ndarray] | None = None,
     fields: dict[str, Any] | None = None,
+    tokens: list[str] | None = None,
 ) -> Path:
     """Write a tiny transformers model as llama.cpp's converter would."""
     config = model.config
@@ -54,7 +55,10 @@ def write(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+    if tokens is None:
+        writer.add_vocab_size(config.vocab_size)
+    else:
+        writer.add_token_list(tokens)
     for key, value in (fields or {}).items():
         writer.add_key_value(
             f"{arch}.{key}",
@@ -219,6 +223,14 @@ def test_rope_scaling_in_the_metadata(
     tokens = ids(2, 40)
     wanted = logits(backbone_from_transformers(model), tokens)
     assert error(logits(load_backbone(path), tokens), wanted) < LIMIT
+
+
+def test_vocabulary_from_the_tokens(tmp_path: Path, make: Any):
+    """Where no field says how large it is."""
+    model = make("llama", **SMALL)
+    tokens = [f"<{i}>" for i in range(model.config.vocab_size)]
+    path = write(tmp_path / "tiny.gguf", model, "llama", tokens=tokens)
+    assert load_backbone(path).config.vocab_size == len(tokens) == 128
 
 
 def test_missing_file(tmp_path: Path):
