@@ -20,7 +20,8 @@ struct Rounded {
   Rounded(const Array& x, int64_t first, int64_t count) {
     float most = 0;
     for (int64_t k = 0; k < count; ++k) {
-      most = std::fmax(most, std::fabs(static_cast<float>(x[first + k])));
+      const float size = std::fabs(static_cast<float>(x[first + k]));
+      if (size > most) most = size;
     }
     const float by = 127.0f / most;
     for (int64_t k = 0; k < count; ++k) {
