@@ -130,14 +130,16 @@ LK_API lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* u
                                int32_t threads);
 
 /*
- * The same as lk_nf4_linear and lk_nf4_swiglu in whole numbers, with x rounded to 8 bits a row:
+ * The same as lk_nf4_linear and lk_nf4_swiglu in whole numbers, with x rounded to 8 bits, each row
+ * in blocks of W's blocksize:
  *
- *   a[m] = max_k |x[m, k]|,  q[m, k] = round(x[m, k] * (127 / a[m])),  c = round(127 * code of W)
- *   y[m, n] = (sum_b scale[n, b] * sum_{k in block b} q[m, k] * c[n, k]) * (a[m] / 127^2)
+ *   a[m, b] = max over k in b of |x[m, k]|,  q[m, k] = round(x[m, k] * (127 / a[m, b]))
+ *   c[n, k] = round(127 * code of W[n, k])
+ *   y[m, n] = (sum_b scale[n, b] * (a[m, b] / 127) * sum_{k in b} q[m, k] * c[n, k]) / 127
  *
  * Sums inside a block are exact, those of blocks float32. A row of x with NaN or infinity gives
- * NaN, one so small that 127 / a[m] is infinite zeros. Blocks must begin with rows: cols is a
- * multiple of the blocksize, which is at least 32, and the same for G and U.
+ * NaN; a block so small that 127 / a is infinite counts as zeros. Blocks must begin with rows: cols
+ * is a multiple of the blocksize, which is at least 32, and the same for G and U.
  */
 LK_API lk_status lk_nf4_linear_int8(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M,
                                     const void* x, int64_t x_stride, const void* bias,

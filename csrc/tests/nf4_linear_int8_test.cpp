@@ -12,22 +12,24 @@ struct Case {
   int64_t K() const { return blocks * blocksize; }
 };
 
-// What the kernels round x to: whole numbers, and the factor that turns them back.
+// What the kernels round x to: whole numbers, and for each the factor that turns it back.
 struct Rounded {
   std::vector<float> q;
-  double factor = 0;
+  std::vector<double> steps;
 
-  Rounded(const Array& x, int64_t first, int64_t count) {
-    float most = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const float size = std::fabs(static_cast<float>(x[first + k]));
-      if (size > most) most = size;
+  Rounded(const Array& x, int64_t first, int64_t count, int64_t blocksize) {
+    for (int64_t block = first; block < first + count; block += blocksize) {
+      float most = 0;
+      for (int64_t k = block; k < block + blocksize; ++k) {
+        const float size = std::fabs(static_cast<float>(x[k]));
+        if (size > most) most = size;
+      }
+      const float by = 127.0f / most;
+      for (int64_t k = block; k < block + blocksize; ++k) {
+        q.push_back(most > 0 ? std::nearbyint(static_cast<float>(x[k]) * by) : 0.0f);
+        steps.push_back(static_cast<double>(most) / 127.0);
+      }
     }
-    const float by = 127.0f / most;
-    for (int64_t k = 0; k < count; ++k) {
-      q.push_back(most > 0 ? std::nearbyint(static_cast<float>(x[first + k]) * by) : 0.0f);
-    }
-    factor = static_cast<double>(most) / (127.0 * 127.0);
   }
 
   Sum times(const Weight& w, int64_t n) const {
@@ -35,8 +37,9 @@ struct Rounded {
     const int64_t count = static_cast<int64_t>(q.size());
     for (int64_t k = 0; k < count; ++k) {
       const float code = std::nearbyint(127.0f * w.code_of(n * count + k));
-      sum.add(static_cast<double>(q[static_cast<size_t>(k)] * code) * factor *
-              static_cast<double>(w.scale_of(n * count + k)));
+      sum.add(static_cast<double>(q[static_cast<size_t>(k)] * code) *
+              steps[static_cast<size_t>(k)] * static_cast<double>(w.scale_of(n * count + k)) /
+              127.0);
     }
     return sum;
   }
@@ -67,7 +70,7 @@ void check(Tally& tally, Random& random, const Case& c) {
                int(c.M), int(c.N), int(K), int(c.blocksize), int(c.dtype), c.threads);
   for (int probe = 0; probe < 40; ++probe) {
     const int64_t m = probe == 0 ? c.M - 1 : random.below(c.M), n = random.below(c.N);
-    const Rounded rounded(x, m * stride, K);
+    const Rounded rounded(x, m * stride, K, c.blocksize);
     const Sum gates = rounded.times(w, n), ups = rounded.times(up, n);
     Sum linear = gates;
     if (with_bias) linear.add(bias[n]);

@@ -33,8 +33,8 @@ class ModelOptions:
     base: str | None = _help("where a saved ladder's base is, if it has moved", None)
     gguf_file: str | None = _help("name of a GGUF file in the model's folder or repository", None)
     activations: str | None = _help(
-        "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 bits a "
-        "token); default exact, or what a saved ladder was trained with",
+        "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 "
+        "bits); default exact, or what a saved ladder was trained with",
         None,
     )
     dtype: str | None = _help(

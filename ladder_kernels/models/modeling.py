@@ -102,8 +102,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             taps: Where taps wait between the two passes: "device", the model's.
             tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32".
             activations: How the backbone's NF4 layers take their inputs: "exact", or "int8",
-                rounded to 8 bits a token: faster, and a little different (README). The frozen pass
-                carries no gradient, so training differs by what the taps do.
+                rounded to 8 bits (:func:`~ladder_kernels.ops.nf4_linear_int8`): faster, and a
+                little different. The frozen pass carries no gradient, so nothing else changes.
             gguf_file: Recorded with a saved ladder: the file in the base's folder that it was read
                 from.
 

@@ -13,7 +13,7 @@ from ladder_kernels.ops import nf4_linear, nf4_linear_int8
 __all__ = ["ACTIVATIONS", "FrozenLinear", "NF4Linear", "move_exactly"]
 
 ACTIVATIONS = ("exact", "int8")
-"""How a frozen layer may take its input: as it is, or rounded to 8 bits a token."""
+"""How a frozen layer may take its input: as it is, or rounded to 8 bits."""
 
 _TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 

@@ -130,8 +130,8 @@ class TrainOptions:
         "what taps are kept in: bfloat16, float16 or float32; default bfloat16", None
     )
     activations: str | None = _help(
-        "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 bits a "
-        "token; faster, a little different); default exact",
+        "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 bits; "
+        "faster, a little different); default exact",
         None,
     )
     dtype: str | None = _help(

@@ -25,13 +25,13 @@ def nf4_linear_int8(
 ) -> Tensor:
     """Multiply by a frozen NF4 weight in whole numbers: about ``x @ W^T (+ bias) (+ residual)``.
 
-    Each row of x is scaled by its largest magnitude and rounded to 8 bits, as are the 16 centroids
-    of NF4; products are summed exactly within a block of the weight, blocks in float32, and bias
-    and residual are added before the only rounding (``reference.py`` has the formulas). On
-    activations of language models the result is within about 1 % of :func:`nf4_linear`'s
-    (``bench/nf4_linear_int8.py`` measures it), and takes less time: it is for passes that carry no
-    gradient. A row of zeros gives zeros; a row with NaN or infinity gives NaN. Under autocast the
-    floating inputs are cast to its dtype.
+    Each block of a row of x is scaled by its largest magnitude and rounded to 8 bits, as are the 16
+    centroids of NF4; products are summed exactly within a block, blocks in float32, and bias and
+    residual are added before the only rounding (``reference.py`` has the formulas). On activations
+    of a language model the result is within 1 to 2.5 % of :func:`nf4_linear`'s, in the Frobenius
+    norm (``bench/nf4_linear_int8.py`` measures it), and takes less time: it is for passes that
+    carry no gradient. A row with NaN or infinity gives NaN. Under autocast the floating inputs are
+    cast to its dtype.
 
     Args:
         x: ``[..., K]``, float16, bfloat16, float32 or float64.

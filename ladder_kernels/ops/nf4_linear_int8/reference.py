@@ -1,16 +1,18 @@
 """A product with an NF4 weight ``W`` ``[N, K]`` in whole numbers ("W4A8"), in plain PyTorch.
 
-    a[m] = max_k |x[m, k]|                      q[m, k] = round(x[m, k] * (127 / a[m]))
-    c[n, k] = round(127 * centroid of W[n, k])  s[n, b] = scale of block b of row n
+    a[m, b] = max over k in b of |x[m, k]|       b: a block of W, `blocksize` elements of a row
+    q[m, k] = round(x[m, k] * (127 / a[m, b]))   t[m, b] = a[m, b] / 127
+    c[n, k] = round(127 * centroid of W[n, k])   s[n, b] = scale of block b of row n
     i[m, n, b] = sum over k in b of q[m, k] c[n, k]
-    out[m, n] = (sum_b s[n, b] i[m, n, b]) * (a[m] / 127^2) (+ bias[n]) (+ residual[m, n])
+    out[m, n] = (sum_b s[n, b] t[m, b] i[m, n, b]) / 127 (+ bias[n]) (+ residual[m, n])
 
 ``q`` and ``c`` are whole numbers from -127 to 127 (ties are rounded to even) and ``i`` is exact.
-Everything else is float32 (float64 for float64), with one rounding to x's dtype at the end. Rows
-of zeros, or so small that ``127 / a`` is infinite, give zeros; rows with NaN or infinity give NaN.
+Everything else is float32 (float64 for float64), with one rounding to x's dtype at the end. Blocks
+of zeros, or so small that ``127 / a`` is infinite, count as zeros; rows with NaN or infinity give
+NaN. (Sums are 127 times the result: float32 overflows that much earlier.)
 
-One scale a token of activations and one a block of weights: as LLM.int8() (arXiv:2208.07339) has it
-for the activations, without its float part for outliers.
+A scale for each token and block, since outliers sit in few channels (LLM.int8(), arXiv:2208.07339):
+one of them then spoils its block only, where a scale for the whole token spoils every channel.
 """
 
 from __future__ import annotations
@@ -45,25 +47,25 @@ BLOCK_NUMBERS = 1 << 22
 _EXACT_IN_FLOAT32 = (1 << 24) // LARGEST**2
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows to 8 bits.
+def quantize_rows(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Round rows to 8 bits, block by block.
 
     Args:
-        x: ``[M, K]``, floating.
+        x: ``[M, K]``, floating; ``K`` is a multiple of ``blocksize``.
+        blocksize: Elements that share a scale.
 
     Returns:
-        ``q`` int8 ``[M, K]``, and the factor ``[M]`` that turns sums of products back into floats:
-        ``a / 127^2``, or NaN, in float32 (float64 for float64).
+        ``q`` int8 ``[M, K]``, and ``t`` ``[M, K / blocksize]`` in float32 (float64 for float64),
+        NaN for blocks with NaN or infinity.
     """
-    wide = x.to(accumulation_dtype(x.dtype))
-    if x.shape[1] == 0:
-        return wide.to(torch.int8), wide.new_zeros(x.shape[0])
-    most = wide.abs().amax(1)
+    shape = x.shape[0], x.shape[1] // blocksize, blocksize
+    wide = x.to(accumulation_dtype(x.dtype)).reshape(shape)
+    most = wide.abs().amax(2)
     by = torch.full_like(most, LARGEST) / most  # a number over a tensor would be rounded twice
     counts = most.isfinite() & by.isfinite()
-    q = torch.where(counts[:, None], (wide * by[:, None]).round(), 0).to(torch.int8)
-    factor = torch.where(counts, most / LARGEST**2, 0)
-    return q, torch.where(most.isfinite(), factor, torch.nan)
+    q = torch.where(counts[..., None], (wide * by[..., None]).round(), 0).to(torch.int8)
+    steps = torch.where(counts, most / torch.full_like(most, LARGEST), 0)
+    return q.view(x.shape), torch.where(most.isfinite(), steps, torch.nan)
 
 
 def codes_of_rows(weight: NF4Weight, start: int, stop: int) -> Tensor:
@@ -91,8 +93,9 @@ def block_sums(q: Tensor, codes: Tensor, blocksize: int) -> Tensor:
     Float32 holds sums of up to 1040 products exactly, float64 those of larger blocks.
     """
     exact = torch.float32 if blocksize <= _EXACT_IN_FLOAT32 else torch.float64
-    a = q.to(exact).unflatten(1, (-1, blocksize)).transpose(0, 1)
-    b = codes.to(exact).unflatten(1, (-1, blocksize)).permute(1, 2, 0)
+    blocks_of_row = q.shape[1] // blocksize, blocksize
+    a = q.to(exact).unflatten(1, blocks_of_row).transpose(0, 1)
+    b = codes.to(exact).unflatten(1, blocks_of_row).permute(1, 2, 0)
     return torch.bmm(a, b).permute(1, 2, 0)
 
 
@@ -101,11 +104,11 @@ def rows_at_a_time(count: int, weight: NF4Weight) -> int:
     return max(1, BLOCK_NUMBERS // max(1, count * weight.shape[1] // weight.blocksize))
 
 
-def product_rows(q: Tensor, factor: Tensor, weight: NF4Weight, start: int, stop: int) -> Tensor:
-    """Return columns ``start`` to ``stop`` of the product in the dtype of ``factor``."""
-    sums = block_sums(q, codes_of_rows(weight, start, stop), weight.blocksize)
-    scaled = sums.to(factor.dtype) * scales_of_rows(weight, start, stop)
-    return scaled.sum(2) * factor[:, None]
+def product_rows(q: Tensor, steps: Tensor, weight: NF4Weight, start: int, stop: int) -> Tensor:
+    """Return columns ``start`` to ``stop`` of the product, of ``q`` and ``t``, in t's dtype."""
+    sums = block_sums(q, codes_of_rows(weight, start, stop), weight.blocksize).to(steps.dtype)
+    sums *= steps[:, None] * scales_of_rows(weight, start, stop)
+    return sums.sum(2) * (1 / LARGEST)
 
 
 def nf4_linear_int8(
@@ -122,10 +125,10 @@ def nf4_linear_int8(
     Returns:
         ``[M, N]`` in x's dtype, a new contiguous tensor.
     """
-    q, factor = quantize_rows(x)
+    q, steps = quantize_rows(x, weight.blocksize)
     out = x.new_empty((x.shape[0], weight.shape[0]))
     for start, stop in blocks(weight.shape[0], rows_at_a_time(x.shape[0], weight)):
-        part = product_rows(q, factor, weight, start, stop)
+        part = product_rows(q, steps, weight, start, stop)
         if bias is not None:
             part += bias[start:stop]
         if residual is not None:

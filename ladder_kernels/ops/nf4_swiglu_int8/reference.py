@@ -30,11 +30,11 @@ def nf4_swiglu_int8(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
     Returns:
         ``[M, N]`` in x's dtype, a new contiguous tensor.
     """
-    q, factor = linear.quantize_rows(x)
+    q, steps = linear.quantize_rows(x, w_gate.blocksize)
     rows = w_gate.shape[0]
     out = x.new_empty((x.shape[0], rows))
     for start, stop in blocks(rows, linear.rows_at_a_time(x.shape[0], w_gate)):
-        gate = linear.product_rows(q, factor, w_gate, start, stop)
-        up = linear.product_rows(q, factor, w_up, start, stop)
+        gate = linear.product_rows(q, steps, w_gate, start, stop)
+        up = linear.product_rows(q, steps, w_up, start, stop)
         out[:, start:stop] = torch.mul(silu(gate, inplace=True), up)
     return out
