@@ -84,7 +84,8 @@ sanitize:
 	  done; \
 	done
 
-# On an emulated Cortex-A53, which has the base architecture and nothing more.
+# On an emulated Cortex-A53, which has the base architecture and nothing more, and on a Neoverse N1,
+# which has dot products.
 neon:
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
 	  command -v $$tool > /dev/null || { echo "make neon needs $$tool; on Debian and Ubuntu:" \
@@ -95,6 +96,7 @@ neon:
 	  $(KERNELS_TEST) > /dev/null
 	@cmake --build build/neon --parallel $(CORES) --target kernels_tests > /dev/null
 	@qemu-aarch64 -cpu cortex-a53 build/neon/csrc/kernels_test neon baseline
+	@qemu-aarch64 -cpu neoverse-n1 build/neon/csrc/kernels_test neon_dotprod neon baseline
 	@for test in nf4_format rung; do \
 	  qemu-aarch64 -cpu cortex-a53 build/neon/csrc/$${test}_test || exit 1; \
 	done

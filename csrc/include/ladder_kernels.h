@@ -79,7 +79,11 @@ LK_API int32_t lk_abi_version(void);
 /* Release that the library was built from, such as "0.1.0". */
 LK_API const char* lk_version(void);
 
-/* Instruction set in use: "baseline", "avx2", "avx512", "avx512_bf16" or "neon". */
+/*
+ * Instruction set in use: "baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"
+ * (with VNNI), "neon" or "neon_dotprod". Those with VNNI or dot products differ from those without
+ * in the products of bytes only.
+ */
 LK_API const char* lk_isa(void);
 
 /* Space-separated names of the variants that this library holds and this processor runs. */
@@ -124,6 +128,26 @@ LK_API lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, lk_dtype 
 LK_API lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_dtype dtype,
                                int64_t M, const void* x, int64_t x_stride, void* out,
                                int32_t threads);
+
+/*
+ * The same as lk_nf4_linear and lk_nf4_swiglu in whole numbers, with x rounded to 8 bits, each row
+ * in blocks of W's blocksize:
+ *
+ *   a[m, b] = max over k in b of |x[m, k]|,  q[m, k] = round(x[m, k] * (127 / a[m, b]))
+ *   c[n, k] = round(127 * code of W[n, k])
+ *   y[m, n] = (sum_b scale[n, b] * (a[m, b] / 127) * sum_{k in b} q[m, k] * c[n, k]) / 127
+ *
+ * Sums inside a block are exact, those of blocks float32. A row of x with NaN or infinity gives
+ * NaN; a block so small that 127 / a is infinite counts as zeros. Blocks must begin with rows: cols
+ * is a multiple of the blocksize, which is at least 32, and the same for G and U.
+ */
+LK_API lk_status lk_nf4_linear_int8(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M,
+                                    const void* x, int64_t x_stride, const void* bias,
+                                    const void* residual, int64_t residual_stride, void* out,
+                                    int32_t threads);
+LK_API lk_status lk_nf4_swiglu_int8(const lk_nf4_matrix* gate, const lk_nf4_matrix* up,
+                                    lk_dtype dtype, int64_t M, const void* x, int64_t x_stride,
+                                    void* out, int32_t threads);
 
 /*
  * For i in [0, count), with t = tokens[i]:

@@ -7,14 +7,38 @@
 #if defined(LK_HAVE_AVX2)
 #include <cpuid.h>
 #endif
+#if defined(LK_HAVE_NEON_DOTPROD) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include "kernels.h"
 
 namespace {
 
+#if defined(LK_HAVE_AVX2_VNNI)
+// Not every compiler that has AVX-VNNI knows it by a name.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
+
+#if defined(LK_HAVE_NEON_DOTPROD)
+bool has_dot_product() {
+#if defined(__APPLE__)
+  return true;  // part of every processor of Apple's with macOS
+#elif defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Each variant is compiled with exactly the extensions that are asked for here; best first.
-std::vector<const lk::Kernels*> runnable() {
-  std::vector<const lk::Kernels*> found;
+std::vector<lk::Kernels> runnable() {
+  std::vector<lk::Kernels> found;
 #if defined(LK_HAVE_AVX2)
   __builtin_cpu_init();
   unsigned eax, ebx, ecx = 0, edx;  // not every Clang knows "f16c" as a name
@@ -25,30 +49,42 @@ std::vector<const lk::Kernels*> runnable() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  const bool avx512_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
 #if defined(LK_HAVE_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&lk::avx512_bf16::kernels);
+  if (avx512_vnni && __builtin_cpu_supports("avx512bf16")) {
+    found.push_back(lk::avx512_bf16::kernels);
+  }
+#endif
+#if defined(LK_HAVE_AVX512_VNNI)
+  if (avx512_vnni) found.push_back(lk::avx512_vnni::over(lk::avx512::kernels));
 #endif
 #if defined(LK_HAVE_AVX512)
-  if (avx512) found.push_back(&lk::avx512::kernels);
+  if (avx512) found.push_back(lk::avx512::kernels);
+#endif
+#if defined(LK_HAVE_AVX2_VNNI)
+  if (avx2 && has_avx_vnni()) found.push_back(lk::avx2_vnni::over(lk::avx2::kernels));
 #endif
 #if defined(LK_HAVE_AVX2)
-  if (avx2) found.push_back(&lk::avx2::kernels);
+  if (avx2) found.push_back(lk::avx2::kernels);
+#endif
+#if defined(LK_HAVE_NEON_DOTPROD)
+  if (has_dot_product()) found.push_back(lk::neon_dotprod::over(lk::neon::kernels));
 #endif
 #if defined(LK_HAVE_NEON)
-  found.push_back(&lk::neon::kernels);  // part of every AArch64
+  found.push_back(lk::neon::kernels);  // part of every AArch64
 #endif
-  found.push_back(&lk::baseline::kernels);
+  found.push_back(lk::baseline::kernels);
   return found;
 }
 
-const std::vector<const lk::Kernels*>& variants() {
-  static const std::vector<const lk::Kernels*> found = runnable();
+const std::vector<lk::Kernels>& variants() {
+  static const std::vector<lk::Kernels> found = runnable();
   return found;
 }
 
 std::atomic<const lk::Kernels*>& chosen() {
-  static std::atomic<const lk::Kernels*> kernels{variants().front()};
+  static std::atomic<const lk::Kernels*> kernels{&variants().front()};
   return kernels;
 }
 
@@ -86,6 +122,11 @@ bool is_valid(lk_dtype dtype, int64_t T, int64_t d, const lk_rung_tap* taps, int
   return true;
 }
 
+// What sums in whole numbers need: blocks that begin with rows.
+bool has_whole_blocks(const lk_nf4_matrix* weight) {
+  return weight->blocksize >= 32 && weight->cols % weight->blocksize == 0;
+}
+
 }  // namespace
 
 int32_t lk_abi_version(void) { return LK_ABI_VERSION; }
@@ -97,9 +138,9 @@ const char* lk_isa(void) { return chosen().load()->isa; }
 const char* lk_isas(void) {
   static const std::string names = [] {
     std::string all;
-    for (const lk::Kernels* variant : variants()) {
+    for (const lk::Kernels& variant : variants()) {
       if (!all.empty()) all += ' ';
-      all += variant->isa;
+      all += variant.isa;
     }
     return all;
   }();
@@ -108,9 +149,9 @@ const char* lk_isas(void) {
 
 lk_status lk_set_isa(const char* name) {
   if (name == nullptr) return LK_BAD_ARGUMENT;
-  for (const lk::Kernels* variant : variants()) {
-    if (std::strcmp(variant->isa, name) == 0) {
-      chosen().store(variant);
+  for (const lk::Kernels& variant : variants()) {
+    if (std::strcmp(variant.isa, name) == 0) {
+      chosen().store(&variant);
       return LK_OK;
     }
   }
@@ -153,6 +194,36 @@ lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_d
   if (out == nullptr || (!empty && x == nullptr)) return LK_BAD_ARGUMENT;
   if (M > 1 && !empty && x_stride < gate->cols) return LK_BAD_ARGUMENT;
   return chosen().load()->nf4_swiglu({*gate, *up, dtype, M, x, x_stride, out, threads});
+}
+
+lk_status lk_nf4_linear_int8(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M, const void* x,
+                             int64_t x_stride, const void* bias, const void* residual,
+                             int64_t residual_stride, void* out, int32_t threads) {
+  if (!is_valid(weight) || !has_whole_blocks(weight) || !is_valid(dtype) || M < 0 || threads < 1) {
+    return LK_BAD_ARGUMENT;
+  }
+  if (M == 0 || weight->rows == 0) return LK_OK;
+  const bool empty = weight->cols == 0;
+  if (out == nullptr || (!empty && x == nullptr)) return LK_BAD_ARGUMENT;
+  if (M > 1 && !empty && x_stride < weight->cols) return LK_BAD_ARGUMENT;
+  if (M > 1 && residual != nullptr && residual_stride < weight->rows) return LK_BAD_ARGUMENT;
+  return chosen().load()->nf4_linear_int8(
+      {*weight, dtype, M, x, x_stride, bias, residual, residual_stride, out, threads});
+}
+
+lk_status lk_nf4_swiglu_int8(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_dtype dtype,
+                             int64_t M, const void* x, int64_t x_stride, void* out,
+                             int32_t threads) {
+  if (!is_valid(gate) || !is_valid(up) || !is_valid(dtype) || M < 0 || threads < 1) {
+    return LK_BAD_ARGUMENT;
+  }
+  if (gate->rows != up->rows || gate->cols != up->cols) return LK_BAD_ARGUMENT;
+  if (!has_whole_blocks(gate) || gate->blocksize != up->blocksize) return LK_BAD_ARGUMENT;
+  if (M == 0 || gate->rows == 0) return LK_OK;
+  const bool empty = gate->cols == 0;
+  if (out == nullptr || (!empty && x == nullptr)) return LK_BAD_ARGUMENT;
+  if (M > 1 && !empty && x_stride < gate->cols) return LK_BAD_ARGUMENT;
+  return chosen().load()->nf4_swiglu_int8({*gate, *up, dtype, M, x, x_stride, out, threads});
 }
 
 lk_status lk_linear_cross_entropy(const lk_nf4_matrix* nf4_head, const lk_dense_matrix* dense_head,

@@ -165,6 +165,8 @@ struct Kernels {
   lk_status (*nf4_linear)(const LinearCall&);
   lk_status (*nf4_linear_transposed)(const LinearCall&);
   lk_status (*nf4_swiglu)(const SwiGLUCall&);
+  lk_status (*nf4_linear_int8)(const LinearCall&);
+  lk_status (*nf4_swiglu_int8)(const SwiGLUCall&);
   lk_status (*linear_cross_entropy)(const CrossEntropyCall&);
   lk_status (*ranged_attention)(const AttentionCall&);
   lk_status (*nf4_quantize)(const QuantizeCall&);
@@ -185,9 +187,19 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 #endif
+#if defined(LK_HAVE_AVX2_VNNI)
+namespace avx2_vnni {
+Kernels over(Kernels base);  // base with this variant's products of bytes
+}
+#endif
 #if defined(LK_HAVE_AVX512)
 namespace avx512 {
 extern const Kernels kernels;
+}
+#endif
+#if defined(LK_HAVE_AVX512_VNNI)
+namespace avx512_vnni {
+Kernels over(Kernels base);
 }
 #endif
 #if defined(LK_HAVE_AVX512_BF16)
@@ -198,6 +210,11 @@ extern const Kernels kernels;
 #if defined(LK_HAVE_NEON)
 namespace neon {
 extern const Kernels kernels;
+}
+#endif
+#if defined(LK_HAVE_NEON_DOTPROD)
+namespace neon_dotprod {
+Kernels over(Kernels base);
 }
 #endif
 

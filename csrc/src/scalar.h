@@ -91,3 +91,6 @@ inline int nearest_centroid(float value) {
   const int index = static_cast<int>(cubic);
   return index + (value > kMiddles[index] ? 1 : 0);
 }
+// The same as signed bytes: round(127 * code).
+alignas(16) constexpr int8_t kByteCode[16] = {-127, -88, -67, -50, -36, -23, -12, 0,
+                                              10,   20,  31,  43,  56,  71,  92,  127};

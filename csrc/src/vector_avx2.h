@@ -112,6 +112,12 @@ struct V {
     odd = choose(lanes, table);
   }
 
+  // table[index[i]] for as many bytes as there are lanes; gathering instructions are slower.
+  static F look_up_floats(const uint8_t* index, const float* table) {
+    return _mm256_setr_ps(table[index[0]], table[index[1]], table[index[2]], table[index[3]],
+                          table[index[4]], table[index[5]], table[index[6]], table[index[7]]);
+  }
+
   static void transpose(F* row) {
     F pair[8];
     for (int i = 0; i < 8; i += 2) {
@@ -200,6 +206,76 @@ struct V {
     __m256i* to = reinterpret_cast<__m256i*>(out);
     _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
     _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
+  }
+
+  // Whole numbers: eight of 32 bits, or 32 bytes.
+  using I = __m256i;
+
+  static I zero_units() { return _mm256_setzero_si256(); }
+  static I set1_unit(int32_t value) { return _mm256_set1_epi32(value); }
+  static I load_units(const void* at) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(at));
+  }
+  // The first four units; the rest are zero and not read.
+  static I load_units(const void* at, int) {
+    return _mm256_inserti128_si256(_mm256_setzero_si256(),
+                                   _mm_loadu_si128(static_cast<const __m128i*>(at)), 0);
+  }
+  static void store_units(void* at, I value) {
+    _mm256_storeu_si256(static_cast<__m256i*>(at), value);
+  }
+  static F bits_of_units(I value) { return _mm256_castsi256_ps(value); }
+  static I units_of_bits(F value) { return _mm256_castps_si256(value); }
+  static F to_floats(I value) { return _mm256_cvtepi32_ps(value); }
+  static I to_nearest_units(F value) { return _mm256_cvtps_epi32(value); }
+
+#if defined(__AVXVNNI__)
+  // Products are of unsigned with signed bytes: codes are moved up, which whoever adds them up
+  // takes back.
+  static constexpr int kCodeOffset = 128;
+  static constexpr int kByteRows = 6;
+  using Codes = I;
+
+  static Codes codes_of(I bytes) { return bytes; }
+
+  // In each 32-bit lane: sums plus the products of its four codes with its four values.
+  static I dot(I sums, Codes codes, I values) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(codes), "x"(values));
+    return sums;
+  }
+#else
+  static constexpr int kCodeOffset = 0;
+  static constexpr int kByteRows = 3;  // of a tile at once: 3 x 2 sums
+  struct Codes {  // the products are of unsigned with signed bytes: the values take over the signs
+    I magnitude, bytes;
+  };
+
+  static Codes codes_of(I bytes) { return {_mm256_abs_epi8(bytes), bytes}; }
+
+  // In each 32-bit lane: sums plus the products of its four codes with its four values. Two
+  // products of up to 127 x 127 fit into 16 bits.
+  static I dot(I sums, Codes codes, I values) {
+    const I pairs = _mm256_maddubs_epi16(codes.magnitude, _mm256_sign_epi8(values, codes.bytes));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+#endif
+
+  // The byte codes, plus kCodeOffset, of the 64 indices in 32 bytes: the even ones, which are the
+  // high nibbles, and the odd.
+  static void look_up_bytes(I packed, I& even, I& odd) {
+    const __m128i codes = _mm_load_si128(reinterpret_cast<const __m128i*>(kByteCode));
+    const I table =
+        _mm256_broadcastsi128_si256(_mm_add_epi8(codes, _mm_set1_epi8(int8_t(kCodeOffset))));
+    const I low = _mm256_set1_epi8(15);
+    even = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), low));
+    odd = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, low));
+  }
+
+  // The first of BLOCKS floats in the first lanes, the second in as many lanes that follow.
+  template <int BLOCKS>
+  static F over_lanes(const float* values) {
+    static_assert(BLOCKS == 2, "a block has a whole number of lanes");
+    return _mm256_blend_ps(_mm256_set1_ps(values[0]), _mm256_set1_ps(values[1]), 0xf0);
   }
 
  private:

@@ -130,6 +130,12 @@ struct V {
     odd = _mm512_permutexvar_ps(lanes, table);
   }
 
+  // table[index[i]] for as many bytes as there are lanes; gathering instructions are slower.
+  static F look_up_floats(const uint8_t* index, const float* table) {
+    const F low = _mm512_castps256_ps512(eight(index, table));
+    return _mm512_insertf32x8(low, eight(index + 8, table), 1);
+  }
+
   static void transpose(F* row) {
     F pair[16];
     for (int i = 0; i < 16; i += 2) {
@@ -222,6 +228,78 @@ struct V {
   static constexpr bool kHasPairs = false;
 #endif
 
+  // Whole numbers: sixteen of 32 bits, or 64 bytes.
+  using I = __m512i;
+
+  static I zero_units() { return _mm512_setzero_si512(); }
+  static I set1_unit(int32_t value) { return _mm512_set1_epi32(value); }
+  static I load_units(const void* at) { return _mm512_loadu_si512(at); }
+  // The first `count` units; the rest are zero and not read.
+  static I load_units(const void* at, int count) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), at);
+  }
+  static void store_units(void* at, I value) { _mm512_storeu_si512(at, value); }
+  static F bits_of_units(I value) { return _mm512_castsi512_ps(value); }
+  static I units_of_bits(F value) { return _mm512_castps_si512(value); }
+  static F to_floats(I value) { return _mm512_cvtepi32_ps(value); }
+  static I to_nearest_units(F value) { return _mm512_cvtps_epi32(value); }
+
+#if defined(__AVX512VNNI__)
+  // Products are of unsigned with signed bytes: codes are moved up, which whoever adds them up
+  // takes back.
+  static constexpr int kCodeOffset = 128;
+  static constexpr int kByteRows = 7;
+  using Codes = I;
+
+  static Codes codes_of(I bytes) { return bytes; }
+
+  // In each 32-bit lane: sums plus the products of its four codes with its four values.
+  static I dot(I sums, Codes codes, I values) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(values));
+    return sums;
+  }
+#else
+  static constexpr int kCodeOffset = 0;
+  static constexpr int kByteRows = 7;  // of a tile at once: 7 x 2 sums
+  struct Codes {  // the products are of unsigned with signed bytes: the values take over the signs
+    I magnitude;
+    __mmask64 negative;
+  };
+
+  static Codes codes_of(I bytes) { return {_mm512_abs_epi8(bytes), _mm512_movepi8_mask(bytes)}; }
+
+  // In each 32-bit lane: sums plus the products of its four codes with its four values. Two
+  // products of up to 127 x 127 fit into 16 bits.
+  static I dot(I sums, Codes codes, I values) {
+    const I with_sign =
+        _mm512_mask_sub_epi8(values, codes.negative, _mm512_setzero_si512(), values);
+    const I pairs = _mm512_maddubs_epi16(codes.magnitude, with_sign);
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+#endif
+
+  // The byte codes, plus kCodeOffset, of the 128 indices in 64 bytes: the even ones, which are the
+  // high nibbles, and the odd.
+  static void look_up_bytes(I packed, I& even, I& odd) {
+    const __m128i codes = _mm_load_si128(reinterpret_cast<const __m128i*>(kByteCode));
+    const I table = _mm512_broadcast_i32x4(_mm_add_epi8(codes, _mm_set1_epi8(int8_t(kCodeOffset))));
+    const I low = _mm512_set1_epi8(15);
+    even = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), low));
+    odd = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, low));
+  }
+
+  // The first of BLOCKS floats in the first lanes, the second in as many lanes that follow, ...
+  template <int BLOCKS>
+  static F over_lanes(const float* values) {
+    static_assert(BLOCKS == 2 || BLOCKS == 4, "a block has a whole number of lanes");
+    if constexpr (BLOCKS == 2) {
+      return _mm512_mask_mov_ps(_mm512_set1_ps(values[0]), 0xff00, _mm512_set1_ps(values[1]));
+    }
+    const F four = _mm512_broadcast_f32x4(_mm_loadu_ps(values));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 four);
+  }
+
  private:
   static constexpr int kNoSign = 0x7fffffff;
 
@@ -235,6 +313,10 @@ struct V {
     return _mm512_mask_add_epi32(index, above, index, _mm512_set1_epi32(1));
   }
 
+  static __m256 eight(const uint8_t* index, const float* table) {
+    return _mm256_setr_ps(table[index[0]], table[index[1]], table[index[2]], table[index[3]],
+                          table[index[4]], table[index[5]], table[index[6]], table[index[7]]);
+  }
   static F unpack_low(F a, F b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
   }

@@ -105,6 +105,11 @@ struct V {
     }
   }
 
+  // table[index[i]] for as many bytes as there are lanes; gathering instructions are slower.
+  static F look_up_floats(const uint8_t* index, const float* table) {
+    return F{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+  }
+
   static void transpose(F* row) {
     for (int i = 0; i < kWidth; ++i) {
       for (int j = i + 1; j < kWidth; ++j) {
@@ -160,5 +165,61 @@ struct V {
       out[2 * i] = table.value[bytes[i] >> 4];
       out[2 * i + 1] = table.value[bytes[i] & 15];
     }
+  }
+
+  // Whole numbers: four of 32 bits, or 16 bytes.
+  typedef int32_t I __attribute__((vector_size(16)));
+
+  static I zero_units() { return I{0, 0, 0, 0}; }
+  static I set1_unit(int32_t value) { return I{value, value, value, value}; }
+  static I load_units(const void* at) {
+    I value;
+    __builtin_memcpy(&value, at, sizeof value);
+    return value;
+  }
+  static void store_units(void* at, I value) { __builtin_memcpy(at, &value, sizeof value); }
+  static F bits_of_units(I value) { return reinterpret_cast<F>(value); }
+  static I units_of_bits(F value) { return reinterpret_cast<I>(value); }
+  static F to_floats(I value) { return __builtin_convertvector(value, F); }
+  // For |value| below 2^22.
+  static I to_nearest_units(F value) { return __builtin_convertvector(nearest(value), I); }
+
+  static constexpr int kCodeOffset = 0;  // products are of signed bytes
+  static constexpr int kByteRows = 4;
+  typedef int16_t Shorts __attribute__((vector_size(16)));
+  struct Codes {  // widened: the bytes in the upper halves of 16 bits, and those in the lower
+    Shorts upper, lower;
+  };
+
+  static Codes codes_of(I bytes) { return {upper_bytes(bytes), lower_bytes(bytes)}; }
+
+  // In each 32-bit lane: sums plus the products of its four codes with its four values. Two
+  // products of up to 127 x 127 fit into 16 bits.
+  static I dot(I sums, Codes codes, I values) {
+    const Shorts pairs = codes.upper * upper_bytes(values) + codes.lower * lower_bytes(values);
+    const I both = reinterpret_cast<I>(pairs);
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    return sums + (both >> 16) + (reinterpret_cast<I>(reinterpret_cast<Words>(both) << 16) >> 16);
+  }
+
+  // The byte codes of the 32 indices in 16 bytes: the even ones, which are the high nibbles, and
+  // the odd.
+  static void look_up_bytes(I packed, I& even, I& odd) {
+    uint8_t bytes[16];
+    int8_t high[16], low[16];
+    store_units(bytes, packed);
+    for (int i = 0; i < 16; ++i) {
+      high[i] = kByteCode[bytes[i] >> 4];
+      low[i] = kByteCode[bytes[i] & 15];
+    }
+    even = load_units(high);
+    odd = load_units(low);
+  }
+
+ private:
+  static Shorts upper_bytes(I bytes) { return reinterpret_cast<Shorts>(bytes) >> 8; }
+  static Shorts lower_bytes(I bytes) {
+    typedef uint16_t Words __attribute__((vector_size(16)));
+    return reinterpret_cast<Shorts>(reinterpret_cast<Words>(bytes) << 8) >> 8;
   }
 };

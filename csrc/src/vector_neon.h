@@ -164,7 +164,88 @@ struct V {
     }
   }
 
+  // Whole numbers: eight of 32 bits, or 32 bytes.
+  struct I {
+    int32x4_t low, high;
+  };
+
+  static I zero_units() { return set1_unit(0); }
+  static I set1_unit(int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(value)}; }
+  static I load_units(const void* at) {
+    const auto* bytes = static_cast<const int8_t*>(at);
+    return {vreinterpretq_s32_s8(vld1q_s8(bytes)), vreinterpretq_s32_s8(vld1q_s8(bytes + 16))};
+  }
+  // The first four units; the rest are zero and not read.
+  static I load_units(const void* at, int) {
+    return {vreinterpretq_s32_s8(vld1q_s8(static_cast<const int8_t*>(at))), vdupq_n_s32(0)};
+  }
+  static void store_units(void* at, I value) {
+    auto* bytes = static_cast<int8_t*>(at);
+    vst1q_s8(bytes, vreinterpretq_s8_s32(value.low));
+    vst1q_s8(bytes + 16, vreinterpretq_s8_s32(value.high));
+  }
+  static F bits_of_units(I value) {
+    return {vreinterpretq_f32_s32(value.low), vreinterpretq_f32_s32(value.high)};
+  }
+  static I units_of_bits(F value) {
+    return {vreinterpretq_s32_f32(value.low), vreinterpretq_s32_f32(value.high)};
+  }
+  static F to_floats(I value) { return {vcvtq_f32_s32(value.low), vcvtq_f32_s32(value.high)}; }
+  static I to_nearest_units(F value) {
+    return {vcvtnq_s32_f32(value.low), vcvtnq_s32_f32(value.high)};
+  }
+
+  static constexpr int kCodeOffset = 0;  // products are of signed bytes
+  static constexpr int kByteRows = 6;    // of a tile at once: 24 registers of sums
+  using Codes = I;
+
+  static Codes codes_of(I bytes) { return bytes; }
+
+  // In each 32-bit lane: sums plus the products of its four codes with its four values.
+  static I dot(I sums, Codes codes, I values) {
+    return {dot(sums.low, codes.low, values.low), dot(sums.high, codes.high, values.high)};
+  }
+
+  // The byte codes of the 64 indices in 32 bytes: the even ones, which are the high nibbles, and
+  // the odd.
+  static void look_up_bytes(I packed, I& even, I& odd) {
+    look_up_bytes(packed.low, even.low, odd.low);
+    look_up_bytes(packed.high, even.high, odd.high);
+  }
+
+  // The first of BLOCKS floats in the first lanes, the second in as many lanes that follow.
+  template <int BLOCKS>
+  static F over_lanes(const float* values) {
+    static_assert(BLOCKS == 2, "a block has a whole number of lanes");
+    return {vdupq_n_f32(values[0]), vdupq_n_f32(values[1])};
+  }
+
+  // table[index[i]] for as many bytes as there are lanes.
+  static F look_up_floats(const uint8_t* index, const float* table) {
+    const float values[8] = {table[index[0]], table[index[1]], table[index[2]], table[index[3]],
+                             table[index[4]], table[index[5]], table[index[6]], table[index[7]]};
+    return load<LK_FLOAT32>(values, 0);
+  }
+
  private:
+  static int32x4_t dot(int32x4_t sums, int32x4_t codes, int32x4_t values) {
+    const int8x16_t a = vreinterpretq_s8_s32(codes), b = vreinterpretq_s8_s32(values);
+#if defined(__ARM_FEATURE_DOTPROD)
+    return vdotq_s32(sums, a, b);
+#else
+    // Two products of up to 127 x 127 fit into 16 bits.
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
+    return vpadalq_s16(sums, vpaddq_s16(low, vmull_high_s8(a, b)));
+#endif
+  }
+
+  static void look_up_bytes(int32x4_t packed, int32x4_t& even, int32x4_t& odd) {
+    const uint8x16_t bytes = vreinterpretq_u8_s32(packed);
+    const int8x16_t table = vld1q_s8(kByteCode);
+    even = vreinterpretq_s32_s8(vqtbl1q_s8(table, vshrq_n_u8(bytes, 4)));
+    odd = vreinterpretq_s32_s8(vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15))));
+  }
+
   static float32x4_t larger_magnitude(float32x4_t a, float32x4_t b) {
     const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(b), vdupq_n_u32(0x7fffffff));
     return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), magnitude));

@@ -11,7 +11,7 @@ struct Arguments {
   static constexpr int64_t M = 3, N = 4, K = 32;
 
   Random random{5};
-  Weight weight{N, K, 16, false, random}, nested_weight{N, K, 16, true, random};
+  Weight weight{N, K, 32, false, random}, nested_weight{N, K, 32, true, random};
   Array x{LK_FLOAT32, M * K, random}, dense{LK_FLOAT32, N * K, random};
   Array out{LK_FLOAT32, M * N}, back{LK_FLOAT32, M * K}, loss{LK_FLOAT32, M}, lse{LK_FLOAT32, M};
   Array attended{LK_FLOAT32, M * K};
@@ -50,6 +50,13 @@ struct Arguments {
   lk_status swiglu() {
     return lk_nf4_swiglu(w_at, &up, dtype, rows, x_at, stride, out_at, threads);
   }
+  lk_status linear_int8() {
+    return lk_nf4_linear_int8(w_at, dtype, rows, x_at, stride, nullptr, residual, residual_stride,
+                              out_at, threads);
+  }
+  lk_status swiglu_int8() {
+    return lk_nf4_swiglu_int8(w_at, &up, dtype, rows, x_at, stride, out_at, threads);
+  }
   lk_status cross_entropy() {
     return lk_linear_cross_entropy(nf4_head, dense_head, dtype, x_at, stride, tokens_at, labels_at,
                                    count, softcap, 1.0f, loss_at, lse_at, nullptr, grad_stride,
@@ -72,6 +79,8 @@ struct Kernel {
 constexpr Kernel kLinear{"nf4_linear", &Arguments::linear};
 constexpr Kernel kTransposed{"nf4_linear_transposed", &Arguments::transposed};
 constexpr Kernel kSwiGLU{"nf4_swiglu", &Arguments::swiglu};
+constexpr Kernel kLinearInt8{"nf4_linear_int8", &Arguments::linear_int8};
+constexpr Kernel kSwiGLUInt8{"nf4_swiglu_int8", &Arguments::swiglu_int8};
 constexpr Kernel kCrossEntropy{"linear_cross_entropy", &Arguments::cross_entropy};
 constexpr Kernel kAttention{"ranged_attention", &Arguments::attention};
 
@@ -137,6 +146,17 @@ const KernelRefusal kOwn[] = {
     {kSwiGLU, {"an up of other rows", [](Arguments& a) { a.up.rows = 3; }}},
     {kSwiGLU, {"an up of other columns", [](Arguments& a) { a.up.cols = 16; }}},
     {kSwiGLU, {"an up without scales", [](Arguments& a) { a.up.absmax = nullptr; }}},
+    {kLinearInt8, {"M -1", [](Arguments& a) { a.rows = -1; }}},
+    {kLinearInt8, {"overlapping rows of x", [](Arguments& a) { a.stride = 31; }}},
+    {kLinearInt8, {"overlapping rows of residual", [](Arguments& a) { a.residual_stride = 3; }}},
+    {kLinearInt8, {"blocksize 16", [](Arguments& a) { a.w.blocksize = 16; }}},
+    {kLinearInt8, {"half a block a row", [](Arguments& a) { a.w.blocksize = 64; }}},
+    {kSwiGLUInt8, {"M -1", [](Arguments& a) { a.rows = -1; }}},
+    {kSwiGLUInt8, {"overlapping rows of x", [](Arguments& a) { a.stride = 31; }}},
+    {kSwiGLUInt8, {"an up of other rows", [](Arguments& a) { a.up.rows = 3; }}},
+    {kSwiGLUInt8, {"an up of another blocksize", [](Arguments& a) { a.up.blocksize = 16; }}},
+    {kSwiGLUInt8,
+     {"half a block a row", [](Arguments& a) { a.w.blocksize = a.up.blocksize = 64; }}},
     {kCrossEntropy, {"no head", [](Arguments& a) { a.dense_head = nullptr; }}},
     {kCrossEntropy, {"two heads", [](Arguments& a) { a.nf4_head = &a.w; }}},
     {kCrossEntropy,
@@ -217,6 +237,18 @@ const KernelRefusal kEmpty[] = {
         clear(a);
         a.w.rows = a.up.rows = 0;
       }}},
+    {kLinearInt8,
+     {"M 0",
+      [](Arguments& a) {
+        clear(a);
+        a.rows = 0;
+      }}},
+    {kSwiGLUInt8,
+     {"N 0",
+      [](Arguments& a) {
+        clear(a);
+        a.w.rows = a.up.rows = 0;
+      }}},
     {kCrossEntropy,
      {"count 0",
       [](Arguments& a) {
@@ -239,29 +271,31 @@ const KernelRefusal kEmpty[] = {
 
 // A sum over no terms is zero.
 void check_no_terms(Tally& tally) {
-  Arguments linear, transposed, swiglu;
-  linear.w.cols = transposed.w.rows = swiglu.w.cols = swiglu.up.cols = 0;
-  linear.residual = nullptr;
-  const bool ok =
-      linear.linear() == LK_OK && transposed.transposed() == LK_OK && swiglu.swiglu() == LK_OK;
+  Arguments linear, transposed, swiglu, int8;
+  linear.w.cols = transposed.w.rows = swiglu.w.cols = swiglu.up.cols = int8.w.cols = 0;
+  linear.residual = int8.residual = nullptr;
+  const bool ok = linear.linear() == LK_OK && transposed.transposed() == LK_OK &&
+                  swiglu.swiglu() == LK_OK && int8.linear_int8() == LK_OK;
   tally.expect(ok, "sums of no terms are %s", "refused");
   for (int64_t i = 0; i < Arguments::M * Arguments::N; ++i) {
     tally.expect(linear.out[i] == 0 && swiglu.out[i] == 0 && transposed.back[i] == 0,
                  "sums of no terms: %g, %g, %g", linear.out[i], swiglu.out[i], transposed.back[i]);
+    tally.expect(int8.out[i] == 0, "sums of no rounded terms: %g", int8.out[i]);
   }
 }
 
 }  // namespace
 
 void check_refusals(Tally& tally) {
-  for (const Kernel& kernel : {kLinear, kTransposed, kSwiGLU, kCrossEntropy, kAttention}) {
+  for (const Kernel& kernel :
+       {kLinear, kTransposed, kSwiGLU, kLinearInt8, kSwiGLUInt8, kCrossEntropy, kAttention}) {
     check_call(tally, kernel, "nothing amiss", [](Arguments&) {}, LK_OK);
     for (const Refusal& refusal : kEverywhere) {
       check_call(tally, kernel, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
     }
   }
   for (const Refusal& refusal : kMatrices) {
-    for (const Kernel& kernel : {kLinear, kTransposed, kSwiGLU}) {
+    for (const Kernel& kernel : {kLinear, kTransposed, kSwiGLU, kLinearInt8, kSwiGLUInt8}) {
       check_call(tally, kernel, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
     }
     Arguments arguments;
@@ -296,23 +330,25 @@ void check_callers(Tally& tally) {
   const Weight weight(N, K, 64, true, random);
   const lk_nf4_matrix w = weight.matrix();
   const Array x(LK_FLOAT32, M * K, random);
-  const auto call = [&](bool swiglu, int threads) {
+  const auto call = [&](int kernel, int threads) {
     Array out(LK_FLOAT32, M * N);
-    if (swiglu) {
+    if (kernel == 2) {
+      lk_nf4_linear_int8(&w, LK_FLOAT32, M, x.data(), K, nullptr, nullptr, 0, out.data(), threads);
+    } else if (kernel == 1) {
       lk_nf4_swiglu(&w, &w, LK_FLOAT32, M, x.data(), K, out.data(), threads);
     } else {
       lk_nf4_linear(&w, LK_FLOAT32, M, x.data(), K, nullptr, nullptr, 0, out.data(), threads);
     }
     return out;
   };
-  const Array wanted[2] = {call(false, 1), call(true, 1)};
+  const Array wanted[3] = {call(0, 1), call(1, 1), call(2, 1)};
   std::vector<int> wrong(4, 0);
   std::vector<std::thread> callers;
   for (size_t c = 0; c < wrong.size(); ++c) {
     callers.emplace_back([&, c] {
       for (int round = 0; round < 10; ++round) {
-        const bool swiglu = (static_cast<int>(c) + round) % 2 == 1;
-        wrong[c] += !(call(swiglu, 1 + static_cast<int>(c)) == wanted[swiglu]);
+        const int kernel = (static_cast<int>(c) + round) % 3;
+        wrong[c] += !(call(kernel, 1 + static_cast<int>(c)) == wanted[kernel]);
       }
     });
   }

@@ -28,6 +28,7 @@ int main(int argc, char** argv) {
     const auto start = std::chrono::steady_clock::now();
     Tally tally;
     check_nf4_linear(tally, 80);
+    check_nf4_linear_int8(tally, 60);
     check_nf4_swiglu(tally, 50);
     check_linear_cross_entropy(tally, 50);
     check_ranged_attention(tally, 30);

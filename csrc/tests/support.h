@@ -232,7 +232,7 @@ class Weight {
     for (size_t i = 0; i < values.size(); ++i) {
       const size_t blocksize = static_cast<size_t>(matrix_.blocksize);
       if (i % blocksize == 0) {
-        const float scale = scale_of(i / blocksize);
+        const float scale = scale_of_block(i / blocksize);
         for (int c = 0; c < 16; ++c)
           table[c] = round_to(static_cast<double>(kNF4[c] * scale), dtype);
       }
@@ -241,8 +241,17 @@ class Weight {
     return values;
   }
 
+  // The centroid and the scale of an element of the flattened matrix.
+  float code_of(int64_t element) const {
+    const uint8_t byte = packed_[static_cast<size_t>(element / 2)];
+    return kNF4[element % 2 == 0 ? byte >> 4 : byte & 15];
+  }
+  float scale_of(int64_t element) const {
+    return scale_of_block(static_cast<size_t>(element / matrix_.blocksize));
+  }
+
  private:
-  float scale_of(size_t block) const {
+  float scale_of_block(size_t block) const {
     if (absmax_q8_.empty()) return absmax_[block];
     const float product = nested_code_[absmax_q8_[block]] * nested_absmax_[block / 256];
     return product + offset_;
@@ -273,6 +282,7 @@ struct Sum {
 
 // One check of each kernel in the variant in use; `rounds` random calls and some chosen ones.
 void check_nf4_linear(Tally& tally, int rounds);
+void check_nf4_linear_int8(Tally& tally, int rounds);
 void check_nf4_swiglu(Tally& tally, int rounds);
 void check_linear_cross_entropy(Tally& tally, int rounds);
 void check_ranged_attention(Tally& tally, int rounds);

@@ -32,6 +32,11 @@ class ModelOptions:
     )
     base: str | None = _help("where a saved ladder's base is, if it has moved", None)
     gguf_file: str | None = _help("name of a GGUF file in the model's folder or repository", None)
+    activations: str | None = _help(
+        "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 "
+        "bits); default exact, or what a saved ladder was trained with",
+        None,
+    )
     dtype: str | None = _help(
         "compute dtype of the backbone; default float32 on a CPU, else bfloat16 or float16", None
     )
@@ -77,6 +82,7 @@ def load(options: ModelOptions) -> tuple[LadderForCausalLM, bool]:
         ladder=None if saved else LadderConfig(rungs=((1,),), width=2, block="mlp"),
         base=options.base,
         gguf_file=options.gguf_file,
+        activations=options.activations,
         dtype=options.dtype,
         device=device_of(options.device),
     )

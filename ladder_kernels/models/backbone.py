@@ -18,6 +18,7 @@ from torch import nn
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.attention import SequenceLayout
+from ladder_kernels.nn.linear import NF4Linear
 from ladder_kernels.ops import nf4_linear
 
 __all__ = ["Backbone", "FrozenPass", "Quantization"]
@@ -88,6 +89,7 @@ class Backbone(nn.Module):
         self.name_or_path = name_or_path
         self.softcap: float | None = None
         self.logit_scale = 1.0
+        self._activations = "exact"
         self.register_buffer("head_bias", None, persistent=False)
 
     @property
@@ -196,6 +198,31 @@ class Backbone(nn.Module):
     def _floats(self) -> Iterator[torch.Tensor]:
         return (weight for _, weight in self.named_weights() if isinstance(weight, torch.Tensor))
 
+    def check_activations(self, activations: str) -> None:
+        """Refuse a way of taking activations that a layer cannot go.
+
+        Args:
+            activations: One of :data:`~ladder_kernels.nn.linear.ACTIVATIONS`.
+
+        Raises:
+            ConfigError: For "int8", if the blocks of a layer's weight do not begin with its rows.
+        """
+        if activations == "exact":
+            return
+        for name, layer in self._nf4_layers():
+            if layer.in_features % layer.blocksize:
+                raise ConfigError(
+                    f"activations: found {activations!r}, but the rows of {name} "
+                    f"({layer.in_features}) are no whole number of blocks of {layer.blocksize}; "
+                    "allowed are 'exact', or a smaller blocksize"
+                )
+
+    def _nf4_layers(self) -> Iterator[tuple[str, NF4Linear]]:
+        """Every quantised layer of the frozen pass; the head, which comes after it, is none."""
+        for name, module in self.named_modules():
+            if isinstance(module, NF4Linear) and name != "nf4_head":
+                yield name, module
+
     def frozen_pass(
         self,
         input_ids: torch.Tensor | None = None,
@@ -205,6 +232,7 @@ class Backbone(nn.Module):
         tap_layers: Collection[int] = (),
         tap_dtype: torch.dtype | None = None,
         cache: Any = None,
+        activations: str = "exact",
     ) -> FrozenPass:
         """Run the model without gradients and keep the tapped states.
 
@@ -219,6 +247,8 @@ class Backbone(nn.Module):
                 norm).
             tap_dtype: Dtype of the taps; default the compute dtype.
             cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
+            activations: How quantised layers take their inputs, one of
+                :data:`~ladder_kernels.nn.linear.ACTIVATIONS`; see :meth:`check_activations`.
 
         Returns:
             The taps and the last state.
@@ -255,6 +285,10 @@ class Backbone(nn.Module):
             if layer == self.num_layers:
                 hidden.copy_(state)
 
+        if activations != self._activations:
+            for _, linear in self._nf4_layers():
+                linear.activations = activations
+            self._activations = activations
         with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
             self._run(tokens, layout.to(self.device), cache, emit)
         return FrozenPass(taps=taps, hidden=hidden)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.models.inits import INITS
 from ladder_kernels.nn.block import BLOCKS, SideShape
+from ladder_kernels.nn.linear import ACTIVATIONS
 from ladder_kernels.nn.merge import MERGES
 from ladder_kernels.nn.output import OUTPUTS
 from ladder_kernels.nn.tap import TAPS
@@ -21,7 +22,14 @@ from ladder_kernels.nn.tap import TAPS
 if TYPE_CHECKING:
     from ladder_kernels.models.backbone import Backbone
 
-__all__ = ["KINDS", "TAP_DTYPES", "LadderConfig", "LadderModelConfig", "tap_dtype_of"]
+__all__ = [
+    "KINDS",
+    "TAP_DTYPES",
+    "LadderConfig",
+    "LadderModelConfig",
+    "check_activations",
+    "tap_dtype_of",
+]
 
 KINDS = ("lst", "xladder", "explicit")
 """How a list of rungs can be described."""
@@ -325,6 +333,17 @@ def tap_dtype_of(value: str | torch.dtype) -> torch.dtype:
     raise ConfigError(f"tap_dtype: found {value!r}; allowed are {', '.join(map(repr, TAP_DTYPES))}")
 
 
+def check_activations(value: str) -> None:
+    """Refuse what is not one of :data:`~ladder_kernels.nn.linear.ACTIVATIONS`.
+
+    Raises:
+        ConfigError: Naming those.
+    """
+    if value not in ACTIVATIONS:
+        allowed = ", ".join(map(repr, ACTIVATIONS))
+        raise ConfigError(f"activations: found {value!r}; allowed are {allowed}")
+
+
 class LadderModelConfig(PreTrainedConfig):
     """The configuration of a :class:`~ladder_kernels.models.modeling.LadderForCausalLM`.
 
@@ -340,6 +359,8 @@ class LadderModelConfig(PreTrainedConfig):
         base_quantization: ``blocksize``, ``double_quant``, ``quantize_head`` and, for a base in a
             GGUF file, ``gguf_file``: how the base was made from ``base_name_or_path``.
         tap_dtype: Name of the dtype that taps are kept in.
+        activations: How the backbone's quantised layers take their inputs in the frozen pass:
+            "exact" or "int8".
         return_logits: Whether a forward with labels returns logits too.
         use_cache: Whether a forward returns a cache where the caller does not say.
         **options: What every transformers configuration takes.
@@ -356,6 +377,7 @@ class LadderModelConfig(PreTrainedConfig):
         base_fingerprint: str = "",
         base_quantization: Mapping[str, Any] | None = None,
         tap_dtype: str = "bfloat16",
+        activations: str = "exact",
         return_logits: bool = False,
         use_cache: bool = True,
         **options: Any,
@@ -366,6 +388,7 @@ class LadderModelConfig(PreTrainedConfig):
         self.base_fingerprint = base_fingerprint
         self.base_quantization = dict(base_quantization or {})
         self.tap_dtype = tap_dtype
+        self.activations = activations
         self.return_logits = return_logits
         self.use_cache = use_cache
         super().__init__(**options)
@@ -382,6 +405,7 @@ class LadderModelConfig(PreTrainedConfig):
         ladder: LadderConfig,
         *,
         tap_dtype: str = "bfloat16",
+        activations: str = "exact",
         gguf_file: str | None = None,
     ) -> LadderModelConfig:
         """The configuration of ``ladder`` on ``backbone``."""
@@ -403,6 +427,7 @@ class LadderModelConfig(PreTrainedConfig):
             base_fingerprint=backbone.fingerprint,
             base_quantization=quantization,
             tap_dtype=tap_dtype,
+            activations=activations,
             num_hidden_layers=backbone.num_layers + side_layers,
             layer_types=_cache_layers(base, backbone.num_layers) + ["full_attention"] * side_layers,
             tie_word_embeddings=False,

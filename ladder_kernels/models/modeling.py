@@ -24,7 +24,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models import checkpoint, pretrained
 from ladder_kernels.models.backbone import Backbone
-from ladder_kernels.models.config import LadderConfig, LadderModelConfig, tap_dtype_of
+from ladder_kernels.models.config import (
+    LadderConfig,
+    LadderModelConfig,
+    check_activations,
+    tap_dtype_of,
+)
 from ladder_kernels.models.ladder import Ladder
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.ops import linear_cross_entropy
@@ -65,6 +70,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LadderModelConfig, backbone: Backbone) -> None:
         super().__init__(config)
+        check_activations(config.activations)
+        backbone.check_activations(config.activations)
         # Past nn.Module's own bookkeeping, which would register it.
         object.__setattr__(self, "_backbone", backbone)
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
@@ -83,6 +90,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         weights: str = "resident",
         taps: str = "device",
         tap_dtype: str | torch.dtype = "bfloat16",
+        activations: str = "exact",
         gguf_file: str | None = None,
     ) -> LadderForCausalLM:
         """Put a new ladder beside a backbone in memory.
@@ -93,6 +101,9 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             weights: Where backbone weights live: "resident", on the model's device.
             taps: Where taps wait between the two passes: "device", the model's.
             tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32".
+            activations: How the backbone's NF4 layers take their inputs: "exact", or "int8",
+                rounded to 8 bits (:func:`~ladder_kernels.ops.nf4_linear_int8`): faster, and a
+                little different. The frozen pass carries no gradient, so nothing else changes.
             gguf_file: Recorded with a saved ladder: the file in the base's folder that it was read
                 from.
 
@@ -108,6 +119,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             backbone,
             ladder if ladder is not None else LadderConfig.lst(),
             tap_dtype=str(dtype).removeprefix("torch."),
+            activations=activations,
             gguf_file=gguf_file,
         )
         model = cls(config, backbone)
@@ -123,6 +135,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         weights: str = "resident",
         taps: str = "device",
         tap_dtype: str | torch.dtype | None = None,
+        activations: str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         blocksize: int | None = None,
@@ -146,6 +159,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             taps: Where taps wait between the two passes: "device", the model's.
             tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32". Default bfloat16,
                 or what a saved ladder was trained with.
+            activations: How the backbone's NF4 layers take their inputs: "exact" or "int8", see
+                :meth:`from_backbone`. Default "exact", or what a saved ladder was trained with.
             dtype: Compute dtype of the backbone; default float32 on a CPU, bfloat16 or float16 on a
                 GPU.
             device: Where to; default the CPU, or what the loader of backbones chooses.
@@ -174,6 +189,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         """
         pretrained.check_options(model_args, options)
         pretrained.check_placements(weights, taps)
+        if activations is not None:
+            check_activations(activations)
         name = os.fspath(pretrained_model_name_or_path)
         quantization = {
             "blocksize": blocksize,
@@ -198,6 +215,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
                 backbone,
                 ladder,
                 tap_dtype="bfloat16" if tap_dtype is None else tap_dtype,
+                activations="exact" if activations is None else activations,
                 gguf_file=gguf_file,
             )
             model.generation_config = pretrained.generation_config_of(name) or (
@@ -214,6 +232,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         pretrained.check_fingerprint(name, saved_config, backbone)
         if tap_dtype is not None:
             saved_config.tap_dtype = str(tap_dtype_of(tap_dtype)).removeprefix("torch.")
+        if activations is not None:
+            saved_config.activations = activations
         model = cls(saved_config, backbone)
         checkpoint.load_into(model, tensors, saved.weights)
         model.generation_config = pretrained.generation_config_of(name) or (
@@ -502,6 +522,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             tap_layers=self.ladder.tap_layers if self._ladder_enabled else (),
             tap_dtype=self.tap_dtype,
             cache=cache,
+            activations=self.config.activations,
         )
         if self._ladder_enabled:
             return self.ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)

@@ -16,7 +16,7 @@ from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.attention import SequenceLayout, attend
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
 from ladder_kernels.nn.rotary import Rotary
-from ladder_kernels.ops import nf4_swiglu, rms_norm, rotary_
+from ladder_kernels.ops import nf4_swiglu, nf4_swiglu_int8, rms_norm, rotary_
 
 __all__ = ["NativeBackbone"]
 
@@ -95,7 +95,8 @@ class NativeBlock(nn.Module):
         hidden = self.o(x, hidden)
         x = rms_norm(hidden, self.post_norm, self.eps)
         if self.fused and isinstance(self.gate, NF4Linear) and isinstance(self.up, NF4Linear):
-            x = nf4_swiglu(x, self.gate.weight, self.up.weight)
+            swiglu = nf4_swiglu_int8 if self.gate.activations == "int8" else nf4_swiglu
+            x = swiglu(x, self.gate.weight, self.up.weight)
         else:
             x = self.activation(self.gate(x)) * self.up(x)
         return self.down(x, hidden)

@@ -189,11 +189,12 @@ def _declare(loaded: ctypes.CDLL) -> None:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for name in ("lk_isa", "lk_isas"):
         getattr(loaded, name).restype = ctypes.c_char_p
+    linear = (matrix, number, size, pointer, size, pointer, pointer, size, pointer, number)
+    swiglu = (matrix, matrix, number, size, pointer, size, pointer, number)
     signatures = {
         "lk_set_isa": (ctypes.c_char_p,),
-        "lk_nf4_linear": (
-            *(matrix, number, size, pointer, size, pointer, pointer, size, pointer, number),
-        ),
+        "lk_nf4_linear": linear,
+        "lk_nf4_linear_int8": linear,
         "lk_nf4_linear_transposed": (matrix, number, size, pointer, size, pointer, number),
         "lk_linear_cross_entropy": (
             *(matrix, ctypes.POINTER(DenseMatrix), number, pointer, size, pointer, pointer, size),
@@ -209,7 +210,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(pointer, size, ctypes.c_float, pointer, pointer, pointer, number),
         ),
         "lk_nf4_dequantize": (matrix, number, size, size, pointer, number),
-        "lk_nf4_swiglu": (matrix, matrix, number, size, pointer, size, pointer, number),
+        "lk_nf4_swiglu": swiglu,
+        "lk_nf4_swiglu_int8": swiglu,
         "lk_rms_norm": (
             *(number, size, size, pointer, size, pointer, size, pointer, ctypes.c_float),
             *(pointer, pointer, number),

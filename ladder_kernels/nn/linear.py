@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.ops import nf4_linear
+from ladder_kernels.ops import nf4_linear, nf4_linear_int8
 
-__all__ = ["FrozenLinear", "NF4Linear", "move_exactly"]
+__all__ = ["ACTIVATIONS", "FrozenLinear", "NF4Linear", "move_exactly"]
+
+ACTIVATIONS = ("exact", "int8")
+"""How a frozen layer may take its input: as it is, or rounded to 8 bits."""
 
 _TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 
@@ -49,6 +52,8 @@ class NF4Linear(nn.Module):
     Attributes:
         in_features: ``K``.
         out_features: ``N``.
+        activations: One of :data:`ACTIVATIONS`; ``"int8"`` has no gradient, and needs rows that are
+            whole numbers of blocks.
     """
 
     packed: torch.Tensor
@@ -63,6 +68,7 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.blocksize = weight.blocksize
         self.weight_dtype = weight.dtype
+        self.activations = "exact"
         for name in _TENSOR_FIELDS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
@@ -94,9 +100,11 @@ class NF4Linear(nn.Module):
             residual: ``[..., N]``, added to the result.
 
         Returns:
-            ``[..., N]`` in the dtype of ``x``; differentiable in ``x`` and ``residual``.
+            ``[..., N]`` in the dtype of ``x``; differentiable in ``x`` and ``residual`` unless
+            activations are ``"int8"``.
         """
-        return nf4_linear(x, self.weight, self.bias, residual)
+        linear = nf4_linear_int8 if self.activations == "int8" else nf4_linear
+        return linear(x, self.weight, self.bias, residual)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NF4Linear:
         move_exactly(self, fn, _TENSOR_FIELDS)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from ladder_kernels.backend import BACKENDS, get_backend, set_backend, use_backend
 from ladder_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from ladder_kernels.ops.nf4_linear import nf4_linear, nf4_linear_transposed
+from ladder_kernels.ops.nf4_linear_int8 import nf4_linear_int8
 from ladder_kernels.ops.nf4_swiglu import nf4_swiglu
+from ladder_kernels.ops.nf4_swiglu_int8 import nf4_swiglu_int8
 from ladder_kernels.ops.ranged_attention import ranged_attention
 from ladder_kernels.ops.rms_norm import rms_norm
 from ladder_kernels.ops.rotary import rotary_
@@ -21,8 +23,10 @@ __all__ = [
     "get_backend",
     "linear_cross_entropy",
     "nf4_linear",
+    "nf4_linear_int8",
     "nf4_linear_transposed",
     "nf4_swiglu",
+    "nf4_swiglu_int8",
     "ranged_attention",
     "rms_norm",
     "rotary_",

@@ -129,6 +129,11 @@ class TrainOptions:
     tap_dtype: str | None = _help(
         "what taps are kept in: bfloat16, float16 or float32; default bfloat16", None
     )
+    activations: str | None = _help(
+        "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 bits; "
+        "faster, a little different); default exact",
+        None,
+    )
     dtype: str | None = _help(
         "compute dtype of the backbone; default float32 on a CPU, else bfloat16 or float16", None
     )

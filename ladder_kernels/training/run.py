@@ -232,6 +232,9 @@ def _check_checkpoint(checkpoint: Path, model: LadderForCausalLM) -> None:
         was, now = saved.config.ladder.get(name), model.config.ladder.get(name)
         if was != now:
             raise ConfigError(f"{name}: found {now!r}; the checkpoint to resume has {was!r}")
+    was, now = saved.config.activations, model.config.activations
+    if was != now:
+        raise ConfigError(f"activations: found {now!r}; the checkpoint to resume has {was!r}")
 
 
 # Parts of a run -------------------------------------------------------------------------------
@@ -296,6 +299,7 @@ def _load_model(options: TrainOptions, ladder: Any, device: Any) -> LadderForCau
         weights=options.weights,
         taps=options.taps,
         tap_dtype=options.tap_dtype,
+        activations=options.activations,
         dtype=options.dtype,
         device=device,
         blocksize=options.blocksize,

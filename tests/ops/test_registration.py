@@ -15,8 +15,10 @@ from ladder_kernels.ops import _nf4_args
 
 OPERATORS = [
     "nf4_linear",
+    "nf4_linear_int8",
     "nf4_linear_transposed",
     "nf4_swiglu",
+    "nf4_swiglu_int8",
     "nf4_swiglu_backward",
     "ranged_attention",
     "rms_norm",
@@ -55,6 +57,13 @@ def samples(operator, dtype, grad):
         yield t(3, 6), *flat(8, 6, False), None, None
         yield t(0, 6), *flat(8, 6), t(8), None
         yield c(6, 3, 2).transpose(0, 2).requires_grad_(grad), *flat(8, 6), None, None
+    elif operator == "nf4_linear_int8":
+        yield c(2, 3, 32), *flat(8, 32), c(8), c(2, 3, 8)
+        yield c(0, 32), *flat(8, 32, False), None, None
+        yield c(32, 3, 2).transpose(0, 2), *flat(8, 32), None, None
+    elif operator == "nf4_swiglu_int8":
+        yield c(2, 3, 32), *flat(8, 32), *flat(8, 32, False)
+        yield c(0, 32), *flat(8, 32), *flat(8, 32)
     elif operator == "nf4_linear_transposed":
         yield t(2, 3, 8), *flat(8, 6)
         yield t(0, 8), *flat(8, 6, False)
@@ -182,6 +191,21 @@ def test_compile_without_gradients():
     with torch.no_grad():
         expected = everything(*trained, labels, weights)
         torch.testing.assert_close(compiled(*trained, labels, weights), expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_whole_numbers(dynamic):
+    torch._dynamo.reset()
+    weights = [quantize_nf4(torch.randn(shape), blocksize=32) for shape in ((64, 32), (32, 64))]
+
+    def both(x):
+        h = ops.nf4_swiglu_int8(x, weights[0], weights[0])
+        return ops.nf4_linear_int8(h, weights[1], None, x)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in (5, 3):
+        x = torch.randn(2, length, 32)
+        assert torch.equal(compiled(x), both(x))
 
 
 def test_inference_mode():

@@ -75,6 +75,22 @@ def test_a_run(options: TrainOptions, base: Path):
     assert events.Scalars("eval/loss")[-1].value == pytest.approx(result.tuned.loss)
 
 
+def test_activations(options: TrainOptions):
+    """They are passed on, saved, and the same when a run goes on."""
+    options = replace(options, blocksize=32)
+    rounded = replace(options, activations="int8", save_steps=4)
+    result = train(rounded)
+    exact = train(replace(options, output=f"{options.output}-exact"))
+    assert result.base is not None
+    assert exact.base is not None
+    assert result.base.loss != exact.base.loss
+    assert result.base.loss == pytest.approx(exact.base.loss, rel=0.01)
+    assert LadderForCausalLM.from_pretrained(result.output).config.activations == "int8"
+    assert train(replace(rounded, resume=True)).steps == 8
+    with pytest.raises(ConfigError, match="found 'exact'; the checkpoint to resume has 'int8'"):
+        train(replace(rounded, resume=True, activations=None))
+
+
 def test_two_processes_run_as_one(options: TrainOptions, start: Callable[..., Any], tmp_path: Path):
     """The same weights by bits, and the same held-out loss, each process taking its share."""
     # Reported each step: sums over several steps would add the processes' shares in another order.

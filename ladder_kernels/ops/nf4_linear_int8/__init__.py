@@ -1,0 +1,123 @@
+"""Linear layer with a frozen NF4 weight in whole numbers: 4-bit weights, 8-bit activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.ops import _checks, _nf4_args
+from ladder_kernels.ops._dispatch import run
+from ladder_kernels.ops._numeric import flatten_rows
+
+__all__ = ["check_no_gradient", "check_whole_blocks", "nf4_linear_int8"]
+
+_OP = "nf4_linear_int8"
+
+
+def nf4_linear_int8(
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Multiply by a frozen NF4 weight in whole numbers: about ``x @ W^T (+ bias) (+ residual)``.
+
+    Each block of a row of x is scaled by its largest magnitude and rounded to 8 bits, as are the 16
+    centroids of NF4; products are summed exactly within a block, blocks in float32, and bias and
+    residual are added before the only rounding (``reference.py`` has the formulas). On activations
+    of a language model the result is within 1 to 2.5 % of :func:`nf4_linear`'s, in the Frobenius
+    norm (``bench/nf4_linear_int8.py`` measures it), and takes less time: it is for passes that
+    carry no gradient. A row with NaN or infinity gives NaN. Under autocast the floating inputs are
+    cast to its dtype.
+
+    Args:
+        x: ``[..., K]``, float16, bfloat16, float32 or float64.
+        weight: ``[N, K]``; ``K`` must be a multiple of its blocksize.
+        bias: ``[N]`` in x's dtype, or ``None``.
+        residual: ``[..., N]`` in x's dtype, added last, or ``None``.
+
+    Returns:
+        ``[..., N]`` in x's dtype, without gradient.
+
+    Raises:
+        ConfigError: a shape, dtype or device does not fit, blocks do not begin with rows, or a
+            gradient is wanted of an input.
+        BackendError: a backend forced by name cannot run this call.
+    """
+    _checks.check_floating(_OP, "x", x)
+    _checks.check_nf4(_OP, "weight", weight)
+    _checks.check_same_device(_OP, "weight", weight.packed, "x", x)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise _checks.refuse(
+            _OP,
+            "x",
+            f"has shape {list(x.shape)}",
+            f"it must be ['...', {weight.shape[1]}] for a weight of shape {list(weight.shape)}",
+        )
+    check_whole_blocks(_OP, "weight", weight)
+    shape = (*x.shape[:-1], weight.shape[0])
+    x = _checks.autocast(x)
+    if bias is not None:
+        bias = _checked_addend("bias", bias, x)
+        _checks.check_shape(_OP, "bias", bias, shape[-1:], "the rows of weight")
+    if residual is not None:
+        residual = _checked_addend("residual", residual, x)
+        _checks.check_shape(_OP, "residual", residual, shape, "the shape of the result")
+    check_no_gradient(_OP, x=x, bias=bias, residual=residual)
+    return _linear(x, *_nf4_args.flatten(weight), bias, residual)
+
+
+def check_whole_blocks(op: str, argument: str, weight: NF4Weight) -> None:
+    """Refuse a weight whose blocks do not begin with its rows."""
+    if weight.shape[1] % weight.blocksize:
+        raise _checks.refuse(
+            op,
+            argument,
+            f"has rows of {weight.shape[1]} and blocks of {weight.blocksize}",
+            "a row must be a whole number of blocks",
+        )
+
+
+def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """Refuse inputs whose gradient is wanted: rounding to 8 bits has none that is of use."""
+    if not torch.is_grad_enabled():
+        return
+    for argument, value in tensors.items():
+        if value is not None and value.requires_grad:
+            raise _checks.refuse(
+                op,
+                argument,
+                "requires a gradient",
+                "this operation has none (torch.no_grad(), or the operation without _int8)",
+            )
+
+
+def _checked_addend(name: str, value: Tensor, x: Tensor) -> Tensor:
+    _checks.check_floating(_OP, name, value)
+    value = _checks.autocast(value)
+    _checks.check_same_dtype(_OP, name, value, "x", x)
+    _checks.check_same_device(_OP, name, value, "x", x)
+    return value
+
+
+@torch.library.custom_op(
+    "ladder_kernels::nf4_linear_int8",
+    mutates_args=(),
+    schema=f"(Tensor x, {_nf4_args.schema()}, Tensor? bias, Tensor? residual) -> Tensor",
+)
+def _linear(x: Tensor, *args: Any) -> Tensor:
+    weight = _nf4_args.rebuild(args[: _nf4_args.COUNT], x.dtype)
+    bias, residual = args[_nf4_args.COUNT :]
+    if residual is not None:
+        residual = flatten_rows(residual)
+    out = run(_OP, "nf4_linear_int8", flatten_rows(x), weight, bias, residual)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@_linear.register_fake
+def _(x: Tensor, *args: Any) -> Tensor:
+    shape = args[_nf4_args.COUNT - 2]
+    return x.new_empty((*x.shape[:-1], shape[0]))
