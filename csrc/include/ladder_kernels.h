@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 6
+#define LK_ABI_VERSION 7
 
 typedef enum {
   LK_OK = 0,

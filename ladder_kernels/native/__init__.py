@@ -32,7 +32,7 @@ __all__ = [
     "status",
 ]
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"

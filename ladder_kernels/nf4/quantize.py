@@ -12,6 +12,9 @@ scales differently: there it searches the map, on the CPU it looks a 16-bit grid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -150,6 +153,9 @@ def quantize_absmax(absmax: Tensor, *, name: str) -> tuple[Tensor, Tensor, Tenso
 def mean_of_scales(scales: Tensor, name: str) -> Tensor:
     """Return the offset of double quantisation, float32 ``[]``.
 
+    The sum is in PyTorch's order on one thread, that of bitsandbytes there. On several threads its
+    last bit depends on how many there are: one base would have other bits on another machine.
+
     Args:
         scales: float32 ``[blocks]``, on the CPU: a sum in another order has other last bits.
         name: What error messages call the tensor that they scale.
@@ -157,13 +163,24 @@ def mean_of_scales(scales: Tensor, name: str) -> Tensor:
     Raises:
         NonFiniteError: As :func:`quantize_absmax`.
     """
-    offset = scales.mean()
+    with _one_thread():
+        offset = scales.mean()
     if scales.numel() and has_values(offset) and not bool(torch.isfinite(offset)):
         raise NonFiniteError(
             f"'{name}' is too large for double quantisation: the sum of its {scales.numel()} "
             "scales is infinite in float32; use double_quant=False"
         )
     return offset
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def nearest_code(point: Tensor, code: Tensor) -> Tensor:

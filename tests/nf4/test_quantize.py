@@ -123,6 +123,22 @@ def test_strides_do_not_matter(view, assert_same_bits):
     assert all(tensor.is_contiguous() for tensor in ours.tensors().values())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_number_of_threads_changes_no_bit(seed, assert_same_bits):
+    """More scales than one thread of PyTorch sums by itself."""
+    weight = torch.randn(3_000_000, generator=torch.Generator().manual_seed(seed))
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made.append(quantize_nf4(weight, 32))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in made[1:]:
+        assert_equal_weights(other, made[0], assert_same_bits)
+
+
 def test_the_weight_is_left_as_it_is():
     weight = torch.randn(70, 70, requires_grad=True)
     before = weight.detach().clone()
