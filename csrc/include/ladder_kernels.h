@@ -89,6 +89,21 @@ LK_API const char* lk_isa(void);
 /* Space-separated names of the variants that this library holds and this processor runs. */
 LK_API const char* lk_isas(void);
 
+/*
+ * GCC's entry to a parallel region of OpenMP, GOMP_parallel, which LLVM's and Intel's runtimes have
+ * too: body(data) on each of `threads` threads.
+ */
+typedef void (*lk_parallel_region)(void (*body)(void*), void* data, unsigned threads,
+                                   unsigned flags);
+
+/*
+ * Run loops in the parallel regions of an OpenMP runtime that the process uses too, not in threads
+ * of the library's own; NULL for those again. Threads of two runtimes get into each other's way:
+ * those of OpenMP spin for a while after each region, in case another comes, and hold the cores
+ * that others are woken for. A child of fork() uses threads of its own in any case.
+ */
+LK_API void lk_set_parallel_region(lk_parallel_region region);
+
 /* Use one of lk_isas() from now on, for the whole process. Not while other calls are running. */
 LK_API lk_status lk_set_isa(const char* name);
 

@@ -13,6 +13,7 @@
 #endif
 
 #include "kernels.h"
+#include "thread_pool.h"
 
 namespace {
 
@@ -157,6 +158,8 @@ lk_status lk_set_isa(const char* name) {
   }
   return LK_UNKNOWN_ISA;
 }
+
+void lk_set_parallel_region(lk_parallel_region region) { lk::set_parallel_region(region); }
 
 lk_status lk_nf4_linear(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M, const void* x,
                         int64_t x_stride, const void* bias, const void* residual,

@@ -13,26 +13,40 @@
 namespace lk {
 namespace {
 
+struct Loop {
+  Task task;
+  void* context;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+
+  // Run what no other thread has taken.
+  void drain() {
+    for (;;) {
+      const int64_t index = next.fetch_add(1, std::memory_order_relaxed);
+      if (index >= count) return;
+      task(context, index);
+    }
+  }
+};
+
 class Pool {
  public:
   // Returns false if another caller holds the pool.
-  bool run(int64_t count, int32_t threads, Task task, void* context) {
+  bool run(Loop& loop, int32_t threads) {
     std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
-    const int32_t helpers = start(static_cast<int32_t>(count < threads ? count : threads) - 1);
+    const int32_t helpers =
+        start(static_cast<int32_t>(loop.count < threads ? loop.count : threads) - 1);
     if (helpers == 0) return false;
     {
       std::lock_guard<std::mutex> guard(state_);
-      task_ = task;
-      context_ = context;
-      count_ = count;
-      next_.store(0, std::memory_order_relaxed);
+      loop_ = &loop;
       wanted_ = helpers;
       working_ = helpers;
       ++generation_;
     }
     wake_.notify_all();
-    drain(count, task, context);
+    loop.drain();
     std::unique_lock<std::mutex> guard(state_);
     done_.wait(guard, [this] { return working_ == 0; });
     return true;
@@ -53,49 +67,40 @@ class Pool {
     return have < wanted ? have : wanted;
   }
 
-  void drain(int64_t count, Task task, void* context) {
-    for (;;) {
-      const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= count) return;
-      task(context, index);
-    }
-  }
-
   void work(int32_t rank, uint64_t seen) {
     for (;;) {
       std::unique_lock<std::mutex> guard(state_);
       wake_.wait(guard, [&] { return generation_ != seen; });
       seen = generation_;
       if (rank >= wanted_) continue;
-      const int64_t count = count_;
-      const Task task = task_;
-      void* const context = context_;
+      Loop* const loop = loop_;
       guard.unlock();
-      drain(count, task, context);
+      loop->drain();
       guard.lock();
       if (--working_ == 0) done_.notify_one();
     }
   }
 
   std::mutex busy_;   // held by the caller whose loop is running
-  std::mutex state_;  // guards what follows, except next_
+  std::mutex state_;  // guards what follows
   std::condition_variable wake_, done_;
   std::vector<std::thread> helpers_;
-  std::atomic<int64_t> next_{0};
   uint64_t generation_ = 0;
   int32_t wanted_ = 0, working_ = 0;
-  int64_t count_ = 0;
-  Task task_ = nullptr;
-  void* context_ = nullptr;
+  Loop* loop_ = nullptr;
 };
 
 // Never destroyed: helpers wait in it when the process ends. A child of fork() gets a fresh one,
 // since the helpers did not come along and a mutex may have been held.
 std::atomic<Pool*> current{nullptr};
+std::atomic<ParallelRegion> host{nullptr};
 
-void renew() { current.store(new Pool, std::memory_order_release); }
+void renew() {
+  host.store(nullptr, std::memory_order_release);
+  current.store(new Pool, std::memory_order_release);
+}
 
-Pool& pool() {
+void prepare() {
   static std::once_flag once;
   std::call_once(once, [] {
     renew();
@@ -103,14 +108,29 @@ Pool& pool() {
     pthread_atfork(nullptr, nullptr, renew);
 #endif
   });
-  return *current.load(std::memory_order_acquire);
 }
 
 }  // namespace
 
 void parallel_for(int64_t count, int32_t threads, Task task, void* context) {
-  if (count > 1 && threads > 1 && pool().run(count, threads, task, context)) return;
-  for (int64_t index = 0; index < count; ++index) task(context, index);
+  Loop loop{task, context, count};
+  if (count > 1 && threads > 1) {
+    prepare();
+    if (const ParallelRegion region = host.load(std::memory_order_acquire)) {
+      // As many threads as the host's own regions have, even if fewer would do: OpenMP ends those
+      // that a region leaves out, and their workspaces with them.
+      region([](void* data) { static_cast<Loop*>(data)->drain(); }, &loop,
+             static_cast<unsigned>(threads), 0);
+      return;
+    }
+    if (current.load(std::memory_order_acquire)->run(loop, threads)) return;
+  }
+  loop.drain();
+}
+
+void set_parallel_region(ParallelRegion region) {
+  prepare();
+  host.store(region, std::memory_order_release);
 }
 
 }  // namespace lk

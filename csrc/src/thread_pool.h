@@ -13,4 +13,9 @@ using Task = void (*)(void* context, int64_t index);
 // Safe after fork(): a child starts its own threads when it first needs them.
 void parallel_for(int64_t count, int32_t threads, Task task, void* context);
 
+using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// See lk_set_parallel_region.
+void set_parallel_region(ParallelRegion region);
+
 }  // namespace lk

@@ -155,6 +155,7 @@ def _native() -> dict[str, Any]:
         "version": status.version,
         "isa": status.isa,
         "isas": list(status.isas),
+        "shares_threads": status.shares_threads,
         "reason": status.reason,
     }
 
@@ -200,7 +201,11 @@ def _show(found: dict[str, Any]) -> None:
         [(name, version or "not installed") for name, version in found["versions"].items()],
     )
     print()
-    library = f"version {native['version']}, uses {native['isa']}, has {_joined(native['isas'])}"
+    pool = "PyTorch's threads" if native["shares_threads"] else "threads of its own"
+    library = (
+        f"version {native['version']}, uses {native['isa']} and {pool}, "
+        f"has {_joined(native['isas'])}"
+    )
     rows = [
         ("CPU", cpu["name"]),
         ("CPU features", _joined(cpu["features"])),

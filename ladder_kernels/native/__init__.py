@@ -29,6 +29,7 @@ __all__ = [
     "Strides",
     "library",
     "load",
+    "share_threads",
     "status",
 ]
 
@@ -101,6 +102,8 @@ class Status:
         isa: Instruction set in use, such as ``"avx2"``; ``None`` if there is none.
         isas: The variants that this processor runs, best first.
         path: The library's file, found or not loadable; ``None`` if there is none.
+        shares_threads: Whether kernels run on PyTorch's own OpenMP threads; else on a pool of
+            theirs.
     """
 
     available: bool
@@ -109,6 +112,7 @@ class Status:
     isa: str | None = None
     isas: tuple[str, ...] = ()
     path: str | None = None
+    shares_threads: bool = False
 
 
 def status() -> Status:
@@ -165,8 +169,34 @@ def load() -> tuple[ctypes.CDLL | None, Status]:
         raise ConfigError(
             f"{ISA_VARIABLE} is {forced!r}; this processor and library have {', '.join(isas)}"
         )
-    isa = loaded.lk_isa().decode()
-    return loaded, Status(available=True, version=version, isa=isa, isas=isas, path=path)
+    return loaded, Status(
+        available=True,
+        version=version,
+        isa=loaded.lk_isa().decode(),
+        isas=isas,
+        path=path,
+        shares_threads=share_threads(loaded),
+    )
+
+
+def share_threads(loaded: ctypes.CDLL) -> bool:
+    """Have kernels run on PyTorch's OpenMP threads, and say whether they do.
+
+    Those spin for some milliseconds after each of PyTorch's operations, and where there are no more
+    cores than threads, any of another pool would wait for them. The runtime is found through
+    PyTorch's library, since a process may have loaded several.
+    """
+    import torch
+
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        region = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).GOMP_parallel
+    except (AttributeError, OSError):  # no OpenMP in this build of PyTorch, or none of this kind
+        return False
+    loaded.lk_set_parallel_region.argtypes = [ctypes.c_void_p]
+    loaded.lk_set_parallel_region.restype = None
+    loaded.lk_set_parallel_region(ctypes.cast(region, ctypes.c_void_p))
+    return True
 
 
 def _is_whole(path: Path) -> bool:

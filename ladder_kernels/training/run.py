@@ -116,6 +116,9 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
         callbacks=[*own, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # ours says the same, readably
+    if checkpoint is not None:
+        state = json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+        trainer.steps_done = state["global_step"]
     base = trainer.perplexity(base=True) if eval_rows is not None and options.eval_base else None
     try:
         outcome = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

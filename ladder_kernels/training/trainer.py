@@ -19,7 +19,17 @@ class PerplexityTrainer(Trainer):
     The two differ when rows have unequal numbers of learned tokens. Training is the plain
     ``Trainer``'s, which drives a :class:`~ladder_kernels.models.modeling.LadderForCausalLM` as it
     is.
+
+    Attributes:
+        steps_done: Optimizer steps of the checkpoint that training is to go on from.
     """
+
+    steps_done = 0
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As a plain ``Trainer``'s, which would take a further step after the last one."""
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        return (0 if 0 < max_steps <= self.steps_done else epochs, *others, max_steps)
 
     def perplexity(self, rows: Any = None, *, base: bool = False) -> Perplexity:
         """Perplexity on rows of tokens, each process taking its share.

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,8 @@ def test_status():
     assert status.isa in status.isas
     assert status.path is not None
     assert Path(status.path).is_file()
+    openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+    assert status.shares_threads == (openmp and sys.platform == "linux")
 
 
 def test_import_loads_nothing():
@@ -128,6 +131,48 @@ def test_another_release_is_said_once(tmp_path: Path):
     assert done.stdout.split() == ["False", "None"], done.stderr
     assert done.stderr.count("BackendFallbackWarning") == 1
     assert f"the native library is of release 9.9.9 (interface {native.ABI_VERSION})" in done.stderr
+
+
+@pytest.fixture
+def own_threads() -> Iterator[Callable[[], None]]:
+    """Has kernels run on threads of their own, for the rest of the test."""
+    library = native.library()
+    assert library is not None
+    yield lambda: library.lk_set_parallel_region(None)
+    native.share_threads(library)
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("four_threads")
+def test_whose_threads_changes_no_bit(own_threads: Callable[[], None]):
+    x, weight = torch.randn(300, 192), quantize_nf4(torch.randn(500, 192))
+    wanted = cpu.nf4_linear(x, weight)
+    own_threads()
+    assert torch.equal(cpu.nf4_linear(x, weight), wanted)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("shared", [True, False])
+def test_callers_at_once(shared: bool, own_threads: Callable[[], None]):
+    """Callers on several Python threads, between PyTorch's own parallel operations."""
+    if not shared:
+        own_threads()
+    weight = quantize_nf4(torch.randn(500, 192))
+    inputs = [torch.randn(200, 192) for _ in range(6)]
+    wanted = [cpu.nf4_linear(x, weight).relu() for x in inputs]
+    with ThreadPoolExecutor(3) as callers:
+        for _ in range(20):
+            found = callers.map(lambda x: cpu.nf4_linear(x, weight).relu(), inputs)
+            assert all(torch.equal(got, one) for got, one in zip(found, wanted, strict=True))
 
 
 def _in_child(inputs: tuple[torch.Tensor, NF4Weight]) -> list[float]:

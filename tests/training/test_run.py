@@ -86,9 +86,20 @@ def test_activations(options: TrainOptions):
     assert result.base.loss != exact.base.loss
     assert result.base.loss == pytest.approx(exact.base.loss, rel=0.01)
     assert LadderForCausalLM.from_pretrained(result.output).config.activations == "int8"
-    assert train(replace(rounded, resume=True)).steps == 8
+    assert train(replace(rounded, resume=True)).steps == result.steps
     with pytest.raises(ConfigError, match="found 'exact'; the checkpoint to resume has 'int8'"):
         train(replace(rounded, resume=True, activations=None))
+
+
+def test_nothing_is_left_to_resume(options: TrainOptions):
+    """A run killed after its last checkpoint is finished, not trained further."""
+    options = replace(options, save_steps=4)
+    weights = load_file(train(options).output / "model.safetensors")
+    (options.output_folder / "model.safetensors").unlink()
+    resumed = train(replace(options, resume=True))
+    assert resumed.steps == 8
+    for name, tensor in load_file(resumed.output / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 def test_two_processes_run_as_one(options: TrainOptions, start: Callable[..., Any], tmp_path: Path):
