@@ -3,8 +3,10 @@
     python -m bench.nf4_linear                   on the best instruction set that there is
     python -m bench.nf4_linear --isa avx2        ours and the rivals' kernels held to AVX2
 
-Candidates take turns in one run; each result is verified against float64 before it is timed. The
-peaks of multiply-adds and of reading memory come from small loops (``peak.cpp``) in the same run.
+Candidates take turns in one run; each result is verified against float64 before it is timed.
+Weights that are dequantised already are multiplied by torch and, in float32, by NumPy (OpenBLAS).
+The peaks of multiply-adds and of reading memory come from small loops (``peak.cpp``) in the same
+run.
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 
-# What holds the rivals' kernels to an instruction set; read when their libraries are loaded.
-_HELD_TO = {
+HELD_TO = {
     "avx2": {
         "LADDER_KERNELS_CPU_ISA": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2",
+        "OPENBLAS_CORETYPE": "Haswell",
     }
 }
+"""Environment that holds everyone's kernels to an instruction set; read when libraries load."""
+
+_TORCH, _NUMPY = "torch, dequantised", "NumPy, dequantised"
 
 SHAPES = {
     "SmolLM2-135M q, o": (576, 576),
@@ -30,7 +34,9 @@ SHAPES = {
     "SmolLM2-135M down": (576, 1536),
     "Qwen2.5-1.5B q, o": (1536, 1536),
     "Qwen2.5-1.5B gate, up": (8960, 1536),
+    "Qwen2.5-1.5B down": (1536, 8960),
     "Qwen2.5-7B q, o": (3584, 3584),
+    "Qwen2.5-7B gate, up": (18944, 3584),
     "Qwen2.5-7B down": (3584, 18944),
 }
 """``[N, K]`` of the layers that are timed, by name."""
@@ -39,12 +45,12 @@ SHAPES = {
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--isa", choices=sorted(_HELD_TO), help="hold every candidate to it")
+    parser.add_argument("--isa", choices=sorted(HELD_TO), help="hold every candidate to it")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, 16, 4, 1], help="M")
     parser.add_argument("--layer", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each layer and M")
     options = parser.parse_args()
-    os.environ.update(_HELD_TO.get(options.isa, {}))
+    os.environ.update(HELD_TO.get(options.isa, {}))
     _run(options.rows, options.layer, options.seconds, options.isa)
 
 
@@ -75,25 +81,15 @@ def _run(all_rows: list[int], layers: list[str], seconds: float, isa: str | None
                     verified(candidate, call(), *expected)
                 del expected
                 timed = alternate(candidates, seconds=seconds)
-                for candidate, quantiles in timed.items():
-                    found.append(
-                        results.Row(
-                            bench="nf4_linear",
-                            candidate=candidate + (f" [{isa}]" if isa else ""),
-                            model=layer,
-                            shape=f"M={M} N={N} K={K}",
-                            dtype=name,
-                            metric="seconds",
-                            low=quantiles.low,
-                            median=quantiles.median,
-                            high=quantiles.high,
-                            threads=threads,
-                            device=results.device_name(),
-                            evidence="measured",
-                            versions=results.versions("torch", "bitsandbytes"),
-                            commit=results.commit(),
-                        )
-                    )
+                found += results.seconds(
+                    timed,
+                    *("bitsandbytes", "numpy"),
+                    bench="nf4_linear",
+                    model=layer,
+                    shape=f"M={M} N={N} K={K}",
+                    dtype=name,
+                    note=isa or "",
+                )
                 ours = timed["ladder_kernels"].median
                 rate = 2 * M * N * K / ours
                 read = N * K / 2 / ours
@@ -102,16 +98,18 @@ def _run(all_rows: list[int], layers: list[str], seconds: float, isa: str | None
                         layer,
                         *(f"{M}", name, f"{ours * 1e3:.2f} ms"),
                         f"{timed['bitsandbytes matmul_4bit'].median / ours:.2f}x",
-                        f"{timed['torch, dequantised'].median / ours:.2f}x",
+                        f"{timed[_TORCH].median / ours:.2f}x",
+                        f"{timed[_NUMPY].median / ours:.2f}x" if _NUMPY in timed else "",
                         f"{100 * rate / peak.flops:.0f} %",
                         f"{100 * read / peak.bytes_read:.0f} %",
                     ]
                 )
                 print(" ".join(lines[-1]), flush=True)
-    path = results.write(found, "nf4_linear.csv")
-    header = ["layer", "M", "dtype", "ours", "bitsandbytes / ours", "dequantised torch / ours"]
-    print("\n" + results.table([*header, "of FMA peak", "packed bytes of read peak"], lines))
-    print(f"\nrows in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    header = [
+        *("layer", "M", "dtype", "ours", "bitsandbytes / ours", "dequantised torch / ours"),
+        *("dequantised NumPy / ours", "of FMA peak", "packed bytes of read peak"),
+    ]
+    results.report(found, "nf4_linear.csv", header, lines)
 
 
 def _candidates(M: int, N: int, K: int, dtype: object) -> tuple[dict[str, Callable], tuple]:
@@ -132,8 +130,11 @@ def _candidates(M: int, N: int, K: int, dtype: object) -> tuple[dict[str, Callab
     candidates = {
         "ladder_kernels": lambda: lk.nf4_linear(x, weight),
         "bitsandbytes matmul_4bit": lambda: matmul_4bit(x, packed, state),
-        "torch, dequantised": lambda: F.linear(x, dense),
+        _TORCH: lambda: F.linear(x, dense),
     }
+    if dtype == torch.float32:
+        rows, columns = x.numpy(), dense.numpy().T
+        candidates[_NUMPY] = lambda: torch.from_numpy(rows @ columns)
     return candidates, (F.linear(x, dense), F.linear(x.double(), dense.double()))
 
 

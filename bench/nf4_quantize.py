@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,25 +65,15 @@ def _run(layers: list[str], seconds: float, isa: str | None) -> None:
             ):
                 _verify(bench, candidates)
                 timed = alternate(candidates, seconds=seconds, at_least=5)
-                for candidate, quantiles in timed.items():
-                    found.append(
-                        results.Row(
-                            bench=bench,
-                            candidate=candidate + (f" [ours held to {isa}]" if isa else ""),
-                            model=layer,
-                            shape=f"N={N} K={K}",
-                            dtype=name,
-                            metric="seconds",
-                            low=quantiles.low,
-                            median=quantiles.median,
-                            high=quantiles.high,
-                            threads=threads,
-                            device=results.device_name(),
-                            evidence="measured",
-                            versions=results.versions("torch", "bitsandbytes"),
-                            commit=results.commit(),
-                        )
-                    )
+                found += results.seconds(
+                    timed,
+                    "bitsandbytes",
+                    bench=bench,
+                    model=layer,
+                    shape=f"N={N} K={K}",
+                    dtype=name,
+                    note=f"ours held to {isa}" if isa else "",
+                )
                 ours = timed["ladder_kernels"].median
                 moved = weight.nbytes + weight.numel() * (0.5 + 1 / 64)
                 lines.append(
@@ -97,10 +86,8 @@ def _run(layers: list[str], seconds: float, isa: str | None) -> None:
                     ]
                 )
                 print(" ".join(lines[-1]), flush=True)
-    path = results.write(found, "nf4_quantize.csv")
     header = ["layer", "what", "dtype", "ours", "bitsandbytes / ours", "plain PyTorch / ours"]
-    print("\n" + results.table([*header, "GB/s moved", "of read peak"], lines))
-    print(f"\nrows in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    results.report(found, "nf4_quantize.csv", [*header, "GB/s moved", "of read peak"], lines)
 
 
 def _quantisers(weight: Tensor) -> dict[str, Callable[[], tuple[Tensor, ...]]]:

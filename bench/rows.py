@@ -6,13 +6,26 @@ import csv
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
-__all__ = ["RESULTS", "Row", "commit", "device_name", "table", "versions", "write"]
+from bench.timing import Quantiles
+
+__all__ = [
+    "RESULTS",
+    "Row",
+    "bytes_of",
+    "commit",
+    "device_name",
+    "report",
+    "seconds",
+    "table",
+    "versions",
+    "write",
+]
 
 RESULTS = Path(__file__).parent / "results"
 """Where result files are."""
@@ -60,6 +73,57 @@ class Row:
             *(self.bench, self.candidate, self.model, self.shape, self.dtype, self.metric),
             *(self.threads, self.device, self.evidence),
         )
+
+
+def seconds(timed: Mapping[str, Quantiles], *packages: str, **about: str) -> list[Row]:
+    """Rows of what :func:`~bench.timing.alternate` measured.
+
+    Args:
+        timed: Quantiles by candidate.
+        packages: Whose versions matter, beside torch's.
+        about: ``bench``, ``model``, ``shape`` and ``dtype`` of :class:`Row`, and a ``note`` that is
+            put behind the candidate's name, in brackets, unless it is empty.
+    """
+    figures = {name: (times.low, times.median, times.high) for name, times in timed.items()}
+    return _measured("seconds", figures, *packages, **about)
+
+
+def bytes_of(measured: Mapping[str, int], *packages: str, **about: str) -> list[Row]:
+    """Rows of bytes by candidate; arguments as of :func:`seconds`."""
+    figures = {name: (number, number, number) for name, number in measured.items()}
+    return _measured("bytes", figures, *packages, **about)
+
+
+def _measured(
+    metric: str,
+    figures: Mapping[str, tuple[float, float, float]],
+    *packages: str,
+    note: str = "",
+    **about: str,
+) -> list[Row]:
+    return [
+        Row(
+            candidate=f"{candidate} [{note}]" if note else candidate,
+            metric=metric,
+            low=low,
+            median=median,
+            high=high,
+            threads=torch.get_num_threads(),
+            device=device_name(),
+            evidence="measured",
+            versions=versions("torch", *packages),
+            commit=commit(),
+            **about,
+        )
+        for candidate, (low, median, high) in figures.items()
+    ]
+
+
+def report(rows: Iterable[Row], file: str, header: list[str], lines: list[list[str]]) -> None:
+    """Write rows, print a table and where the rows are."""
+    path = write(rows, file)
+    print("\n" + table(header, lines))
+    print(f"\nrows in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
 def write(rows: Iterable[Row], file: str) -> Path:
