@@ -1,0 +1,158 @@
+"""Whole training steps of SmolLM2-135M: a ladder, on native and reference operations, and QLoRA.
+
+    python -m bench.train_step                      fp32, 2,048 tokens, loss on every token
+    python -m bench.train_step --dtype bfloat16 --answers 10     loss on one token in ten
+
+QLoRA is PEFT on bitsandbytes' NF4 layers in transformers, with and without gradient checkpointing,
+and once more with ``accelerate_4bit``. All candidates have the same NF4 base, the same tokens and
+AdamW, and they take turns in one process. Before anything is timed, each must lower its loss on the
+batch. "ladder, packed" has the same tokens as eight documents; "int8 activations" rounds what
+enters the frozen layers to 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ladder_kernels as lk
+from bench import rows as results
+from bench.timing import alternate
+from ladder_kernels.demo import find_weights
+
+_DOCUMENTS = 8
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--context", type=int, default=2048, help="tokens a step")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--answers", type=int, default=1, help="loss on one token in so many")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA, on all linear layers")
+    parser.add_argument("--seconds", type=float, default=150.0, help="for all turns")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+
+    with tempfile.TemporaryDirectory() as folder:
+        candidates = _candidates(Path(folder) / "base", dtype, options)
+        timed = alternate(
+            {name: step for name, (step, _) in candidates.items()},
+            seconds=options.seconds,
+            at_least=3,
+        )
+    lines = []
+    fastest = timed["ladder"].median
+    for name, quantiles in timed.items():
+        trained = candidates[name][1]
+        rate = options.context / quantiles.median
+        lines.append(
+            [
+                name,
+                f"{trained / 1e6:.2f} M",
+                f"{quantiles.median:.2f} s",
+                f"{rate:,.0f}",
+                f"{quantiles.median / fastest:.2f}x",
+            ]
+        )
+    header = ["method", "trained", "a step", "tokens/s", "time, ladder = 1"]
+    found = results.seconds(
+        timed,
+        *("transformers", "peft", "bitsandbytes"),
+        bench="train_step",
+        model="SmolLM2-135M-Instruct",
+        shape=f"B=1 S={options.context} loss on 1 in {options.answers}",
+        dtype=options.dtype,
+    )
+    results.report(found, "train_step.csv", header, lines)
+
+
+def _candidates(
+    folder: Path, dtype: torch.dtype, options: Any
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """A training step and the number of trained parameters, by name."""
+    from ladder_kernels.models.loading import load_backbone
+
+    backbone = load_backbone(find_weights(), dtype=dtype)
+    backbone.save_pretrained(folder)
+    context = options.context
+    ids = torch.randint(1000, 40000, (1, context))
+    labels = ids.clone()
+    labels[:, torch.arange(context) % options.answers != 0] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    positions = torch.arange(context)[None] % (context // _DOCUMENTS)
+
+    def ladder(
+        *, backend: str = "auto", activations: str = "exact", **more: torch.Tensor
+    ) -> tuple[Callable[[], object], int]:
+        config = lk.LadderConfig.lst(every=3, width=72)
+        model = lk.LadderForCausalLM.from_backbone(backbone, config, activations=activations)
+        step = _step(model.train(), {**batch, **more}, 3e-3)
+
+        def on_backend() -> object:
+            with lk.use_backend(backend):
+                return step()
+
+        return _checked(f"ladder, {backend}", on_backend), model.num_parameters(True)
+
+    def qlora(*, checkpointing: bool, ours: bool = False) -> tuple[Callable[[], object], int]:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.config.use_cache = False
+        lora = LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, lora).train()
+        if ours:
+            lk.accelerate_4bit(model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        name = f"QLoRA, checkpointing {checkpointing}, ours {ours}"
+        return _checked(name, _step(model, batch, 5e-4)), trained
+
+    return {
+        "ladder": ladder(),
+        "ladder, packed": ladder(position_ids=positions),
+        "ladder, int8 activations": ladder(activations="int8"),
+        "ladder on reference operations": ladder(backend="reference"),
+        "QLoRA (bitsandbytes)": qlora(checkpointing=False),
+        "QLoRA, gradient checkpointing": qlora(checkpointing=True),
+        "QLoRA with accelerate_4bit": qlora(checkpointing=False, ours=True),
+    }
+
+
+def _step(model: Any, batch: dict[str, torch.Tensor], rate: float) -> Callable[[], float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate)
+
+    def step() -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def _checked(name: str, step: Callable[[], Any]) -> Callable[[], object]:
+    """Return ``step`` if a few of it lower the loss.
+
+    Raises:
+        RuntimeError: They do not.
+    """
+    losses = [step() for _ in range(4)]
+    if not losses[-1] < losses[0]:
+        raise RuntimeError(f"{name}: its loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
+    return step
+
+
+if __name__ == "__main__":
+    main()
