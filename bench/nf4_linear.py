@@ -4,9 +4,10 @@
     python -m bench.nf4_linear --isa avx2        ours and the rivals' kernels held to AVX2
 
 Candidates take turns in one run; each result is verified against float64 before it is timed.
-Weights that are dequantised already are multiplied by torch and, in float32, by NumPy (OpenBLAS).
-The peaks of multiply-adds and of reading memory come from small loops (``peak.cpp``) in the same
-run.
+Weights that are dequantised already are multiplied by torch and, where there are many rows of
+float32, by NumPy (OpenBLAS, whose threads are told to sleep soon after a product: by default they
+hold their cores for milliseconds of the next candidate's time). The peaks of multiply-adds and of
+reading memory come from small loops (``peak.cpp``) in the same run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ HELD_TO = {
 }
 """Environment that holds everyone's kernels to an instruction set; read when libraries load."""
 
+_MANY_ROWS = 64  # from here on NumPy is timed too
 _TORCH, _NUMPY = "torch, dequantised", "NumPy, dequantised"
 
 SHAPES = {
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each layer and M")
     options = parser.parse_args()
     os.environ.update(HELD_TO.get(options.isa, {}))
+    os.environ["OPENBLAS_THREAD_TIMEOUT"] = "16"  # log2 of cycles
     _run(options.rows, options.layer, options.seconds, options.isa)
 
 
@@ -132,7 +135,7 @@ def _candidates(M: int, N: int, K: int, dtype: object) -> tuple[dict[str, Callab
         "bitsandbytes matmul_4bit": lambda: matmul_4bit(x, packed, state),
         _TORCH: lambda: F.linear(x, dense),
     }
-    if dtype == torch.float32:
+    if dtype == torch.float32 and M >= _MANY_ROWS:
         rows, columns = x.numpy(), dense.numpy().T
         candidates[_NUMPY] = lambda: torch.from_numpy(rows @ columns)
     return candidates, (F.linear(x, dense), F.linear(x.double(), dense.double()))
