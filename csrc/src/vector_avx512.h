@@ -213,11 +213,23 @@ struct V {
     return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(odd)));
   }
 
-  // The same as look_up_split, as pairs of bfloat16.
-  static F look_up_pairs(const uint8_t* bytes, Table table) {
-    F even, odd;
-    look_up_split(bytes, table, even, odd);
-    return pair(even, odd);
+  // Sixteen values of bfloat16 for the first 32 of 64 bytes and sixteen for the others.
+  using PairTable = __m512i;
+  static PairTable pair_table(float first, float second) {
+    const F code = _mm512_load_ps(kCode);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(second)),
+                                        _mm512_mul_ps(code, _mm512_set1_ps(first)));
+  }
+
+  // The values of the indices in bits 4 PART to 4 PART + 3 of the 32 words of 64 bytes: elements
+  // 4 i + (1, 0, 3, 2)[PART].
+  template <int PART>
+  static F look_up_pairs(__m512i packed, PairTable table) {
+    // The permutation reads five bits of a word: an index, and above it which half of the table.
+    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    const __m512i index = _mm512_ternarylogic_epi64(_mm512_srli_epi16(packed, 4 * PART),
+                                                    _mm512_set1_epi16(15), second, kAndOr);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, table));
   }
 
   // c plus both products of the bfloat16 pairs in each lane.
@@ -302,6 +314,7 @@ struct V {
 
  private:
   static constexpr int kNoSign = 0x7fffffff;
+  static constexpr int kAndOr = 0xea;  // (a & b) | c, for a ternary operation
 
   static __m512i nearest_sixteen(F value) {
     F cubic = _mm512_fmadd_ps(value, _mm512_set1_ps(kCubic[3]), _mm512_set1_ps(kCubic[2]));
