@@ -104,7 +104,7 @@ def _run(all_rows: list[int], layers: list[str], seconds: float, isa: str | None
                         f"{timed[_TORCH].median / ours:.2f}x",
                         f"{timed[_NUMPY].median / ours:.2f}x" if _NUMPY in timed else "",
                         f"{100 * rate / peak.flops:.0f} %",
-                        f"{100 * read / peak.bytes_read:.0f} %",
+                        f"{100 * read / peak.bytes_read:.0f} %" if M < _MANY_ROWS else "",
                     ]
                 )
                 print(" ".join(lines[-1]), flush=True)

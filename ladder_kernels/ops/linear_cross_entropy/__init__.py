@@ -11,11 +11,13 @@ from ladder_kernels.errors import ConfigError
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops import _checks, _nf4_args
 from ladder_kernels.ops._dispatch import register_autograd, run
-from ladder_kernels.ops._numeric import accumulation_dtype, flatten_rows
+from ladder_kernels.ops._numeric import accumulation_dtype, blocks, flatten_rows
 
 __all__ = ["REDUCTIONS", "linear_cross_entropy"]
 
 _OP = "linear_cross_entropy"
+
+_SCALED_AT_A_TIME = 1 << 20  # numbers
 
 REDUCTIONS = ("none", "sum", "mean")
 """How the losses of the tokens become the result."""
@@ -190,7 +192,13 @@ def _scaled(unit: Tensor, grad_loss: Tensor) -> Tensor:
             f"{_OP}: create_graph is True; only False is allowed, its gradient was computed with "
             "the loss and has none of its own"
         )
-    return (unit * grad_loss.unsqueeze(1)).to(unit.dtype)
+    if unit.dtype == grad_loss.dtype or torch.compiler.is_compiling():
+        return (unit * grad_loss.unsqueeze(1)).to(unit.dtype)
+    # The product is in the wider dtype, and all of it at once would be the largest tensor here.
+    out = torch.empty_like(unit)
+    for start, stop in blocks(unit.shape[0], max(1, _SCALED_AT_A_TIME // max(1, unit.shape[1]))):
+        out[start:stop] = unit[start:stop] * grad_loss[start:stop].unsqueeze(1)
+    return out
 
 
 def _backward(
