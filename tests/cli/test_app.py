@@ -110,6 +110,8 @@ def test_interrupt(base, environment, tmp_path):
         cwd=tmp_path,
         env=environment(PYTHONUNBUFFERED="1"),
         text=True,
+        # Whoever runs the tests in the background has it ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         # It waits for a prompt once it has read this much; more than a pipe holds.
