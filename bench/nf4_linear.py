@@ -27,7 +27,9 @@ HELD_TO = {
 }
 """Environment that holds everyone's kernels to an instruction set; read when libraries load."""
 
-_MANY_ROWS = 64  # from here on NumPy is timed too
+MANY_ROWS = 64
+"""Rows from which on NumPy is timed too, and reading the weights is no bound."""
+
 _TORCH, _NUMPY = "torch, dequantised", "NumPy, dequantised"
 
 SHAPES = {
@@ -104,7 +106,7 @@ def _run(all_rows: list[int], layers: list[str], seconds: float, isa: str | None
                         f"{timed[_TORCH].median / ours:.2f}x",
                         f"{timed[_NUMPY].median / ours:.2f}x" if _NUMPY in timed else "",
                         f"{100 * rate / peak.flops:.0f} %",
-                        f"{100 * read / peak.bytes_read:.0f} %" if M < _MANY_ROWS else "",
+                        f"{100 * read / peak.bytes_read:.0f} %" if M < MANY_ROWS else "",
                     ]
                 )
                 print(" ".join(lines[-1]), flush=True)
@@ -135,7 +137,7 @@ def _candidates(M: int, N: int, K: int, dtype: object) -> tuple[dict[str, Callab
         "bitsandbytes matmul_4bit": lambda: matmul_4bit(x, packed, state),
         _TORCH: lambda: F.linear(x, dense),
     }
-    if dtype == torch.float32 and M >= _MANY_ROWS:
+    if dtype == torch.float32 and M >= MANY_ROWS:
         rows, columns = x.numpy(), dense.numpy().T
         candidates[_NUMPY] = lambda: torch.from_numpy(rows @ columns)
     return candidates, (F.linear(x, dense), F.linear(x.double(), dense.double()))

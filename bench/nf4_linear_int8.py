@@ -162,7 +162,7 @@ def _times(all_rows: list[int], seconds: float, isa: str | None) -> None:
     import torch
 
     from bench import rows as results
-    from bench.nf4_linear import SHAPES
+    from bench.nf4_linear import MANY_ROWS, SHAPES
     from bench.peak import Peak
     from bench.timing import alternate, verified
     from ladder_kernels import native, ops
@@ -202,7 +202,10 @@ def _times(all_rows: list[int], seconds: float, isa: str | None) -> None:
                 [
                     *(layer, f"{M}", f"{exact_time * 1e3:.2f} ms", f"{ours * 1e3:.2f} ms"),
                     f"{exact_time / ours:.2f}x",
-                    *(f"{100 * packed / t:.0f} %" if M <= 16 else "" for t in (exact_time, ours)),
+                    *(
+                        f"{100 * packed / t:.0f} %" if M < MANY_ROWS else ""
+                        for t in (exact_time, ours)
+                    ),
                 ]
             )
             print(" ".join(lines[-1]), flush=True)

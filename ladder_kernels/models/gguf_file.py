@@ -53,7 +53,8 @@ class GGUFTensor:
         """Return the numbers as fp32, ``shape``; a view of the file if they are stored so.
 
         Raises:
-            NotImplementedError: The ``gguf`` package cannot read this kind.
+            NotImplementedError: From the ``gguf`` package, which cannot dequantise this kind; the
+                caller, who knows the tensor's name, makes a message of it.
         """
         if self.kind == gguf.GGMLQuantizationType.F32:
             return self.data.view(np.float32).reshape(self.shape)

@@ -151,7 +151,7 @@ class GGUFSource:
         tensor = self._tensors[name]
         try:
             return tensor.dequantize()
-        except NotImplementedError:
+        except NotImplementedError:  # the gguf package's word for a kind that it does not know
             raise UnsupportedModelError(
                 f"'{name}' in {self.where} has type {tensor.kind.name}, which cannot be read"
             ) from None

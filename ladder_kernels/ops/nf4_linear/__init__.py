@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.ops import _checks, _nf4_args
+from ladder_kernels.ops import _nf4_args
 from ladder_kernels.ops._dispatch import register_autograd, run
 from ladder_kernels.ops._numeric import flatten_rows
 
@@ -43,14 +43,8 @@ def nf4_linear(
         ConfigError: a shape, dtype or device does not fit.
         BackendError: a backend forced by name cannot run this call.
     """
-    x = _checked_input("x", x, weight, 1)
-    shape = (*x.shape[:-1], weight.shape[0])
-    if bias is not None:
-        bias = _checked_addend("bias", bias, x)
-        _checks.check_shape(_OP, "bias", bias, shape[-1:], "the rows of weight")
-    if residual is not None:
-        residual = _checked_addend("residual", residual, x)
-        _checks.check_shape(_OP, "residual", residual, shape, "the shape of the result")
+    x = _nf4_args.checked_input(_OP, "x", x, weight, 1)
+    bias, residual = _nf4_args.checked_addends(_OP, x, weight, bias, residual)
     return _linear(x, *_nf4_args.flatten(weight), bias, residual)
 
 
@@ -71,31 +65,8 @@ def nf4_linear_transposed(grad: Tensor, weight: NF4Weight) -> Tensor:
         ConfigError: a shape, dtype or device does not fit.
         BackendError: a backend forced by name cannot run this call.
     """
-    grad = _checked_input("grad", grad, weight, 0)
+    grad = _nf4_args.checked_input(_OP, "grad", grad, weight, 0)
     return _transposed(grad, *_nf4_args.flatten(weight))
-
-
-def _checked_input(name: str, value: Tensor, weight: NF4Weight, dimension: int) -> Tensor:
-    _checks.check_floating(_OP, name, value)
-    _checks.check_nf4(_OP, "weight", weight)
-    _checks.check_same_device(_OP, "weight", weight.packed, name, value)
-    width = weight.shape[dimension]
-    if value.dim() == 0 or value.shape[-1] != width:
-        raise _checks.refuse(
-            _OP,
-            name,
-            f"has shape {list(value.shape)}",
-            f"it must be ['...', {width}] for a weight of shape {list(weight.shape)}",
-        )
-    return _checks.autocast(value)
-
-
-def _checked_addend(name: str, value: Tensor, x: Tensor) -> Tensor:
-    _checks.check_floating(_OP, name, value)
-    value = _checks.autocast(value)
-    _checks.check_same_dtype(_OP, name, value, "x", x)
-    _checks.check_same_device(_OP, name, value, "x", x)
-    return value
 
 
 # Backends see matrices: leading dimensions are flattened here, once for all of them.

@@ -25,24 +25,7 @@ def nf4_linear(
     x: Tensor, weight: NF4Weight, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Return ``x @ W^T (+ bias) (+ residual)``; as the reference's."""
-    x = _native.adjacent_columns(x)
-    residual = None if residual is None else _native.adjacent_columns(residual)
-    bias = None if bias is None else bias.contiguous()
-    out = x.new_empty((x.shape[0], weight.shape[0]))
-    code = _native.library().lk_nf4_linear(
-        _native.matrix(weight),
-        _native.DTYPES[x.dtype],
-        x.shape[0],
-        x.data_ptr(),
-        x.stride(0),
-        _native.pointer(bias),
-        _native.pointer(residual),
-        0 if residual is None else residual.stride(0),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    _native.check(code)
-    return out
+    return _native.nf4_linear("lk_nf4_linear", x, weight, bias, residual)
 
 
 def nf4_linear_transposed(grad: Tensor, weight: NF4Weight) -> Tensor:

@@ -47,25 +47,9 @@ def nf4_linear_int8(
             gradient is wanted of an input.
         BackendError: a backend forced by name cannot run this call.
     """
-    _checks.check_floating(_OP, "x", x)
-    _checks.check_nf4(_OP, "weight", weight)
-    _checks.check_same_device(_OP, "weight", weight.packed, "x", x)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise _checks.refuse(
-            _OP,
-            "x",
-            f"has shape {list(x.shape)}",
-            f"it must be ['...', {weight.shape[1]}] for a weight of shape {list(weight.shape)}",
-        )
+    x = _nf4_args.checked_input(_OP, "x", x, weight, 1)
     check_whole_blocks(_OP, "weight", weight)
-    shape = (*x.shape[:-1], weight.shape[0])
-    x = _checks.autocast(x)
-    if bias is not None:
-        bias = _checked_addend("bias", bias, x)
-        _checks.check_shape(_OP, "bias", bias, shape[-1:], "the rows of weight")
-    if residual is not None:
-        residual = _checked_addend("residual", residual, x)
-        _checks.check_shape(_OP, "residual", residual, shape, "the shape of the result")
+    bias, residual = _nf4_args.checked_addends(_OP, x, weight, bias, residual)
     check_no_gradient(_OP, x=x, bias=bias, residual=residual)
     return _linear(x, *_nf4_args.flatten(weight), bias, residual)
 
@@ -93,14 +77,6 @@ def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
                 "requires a gradient",
                 "this operation has none (torch.no_grad(), or the operation without _int8)",
             )
-
-
-def _checked_addend(name: str, value: Tensor, x: Tensor) -> Tensor:
-    _checks.check_floating(_OP, name, value)
-    value = _checks.autocast(value)
-    _checks.check_same_dtype(_OP, name, value, "x", x)
-    _checks.check_same_device(_OP, name, value, "x", x)
-    return value
 
 
 @torch.library.custom_op(

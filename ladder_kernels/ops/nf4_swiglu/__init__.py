@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.ops import _checks, _nf4_args
+from ladder_kernels.ops import _nf4_args
 from ladder_kernels.ops._dispatch import register_autograd, run
 from ladder_kernels.ops._numeric import flatten_rows
 
@@ -36,26 +36,8 @@ def nf4_swiglu(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
         ConfigError: a shape, dtype or device does not fit.
         BackendError: a backend forced by name cannot run this call.
     """
-    _checks.check_floating(_OP, "x", x)
-    _checks.check_nf4(_OP, "w_gate", w_gate)
-    _checks.check_nf4(_OP, "w_up", w_up)
-    _checks.check_same_device(_OP, "w_gate", w_gate.packed, "x", x)
-    _checks.check_same_device(_OP, "w_up", w_up.packed, "x", x)
-    if tuple(w_up.shape) != tuple(w_gate.shape):
-        raise _checks.refuse(
-            _OP,
-            "w_up",
-            f"has shape {list(w_up.shape)}",
-            f"it must be {list(w_gate.shape)}, as w_gate",
-        )
-    if x.dim() == 0 or x.shape[-1] != w_gate.shape[1]:
-        raise _checks.refuse(
-            _OP,
-            "x",
-            f"has shape {list(x.shape)}",
-            f"it must be ['...', {w_gate.shape[1]}] for weights of shape {list(w_gate.shape)}",
-        )
-    return _swiglu(_checks.autocast(x), *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
+    x = _nf4_args.checked_gated_input(_OP, x, w_gate, w_up)
+    return _swiglu(x, *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
 
 
 _WEIGHTS = f"{_nf4_args.schema('gate_')}, {_nf4_args.schema('up_')}"

@@ -28,20 +28,7 @@ def unsupported(x: Tensor, *_: object) -> str | None:
 
 def nf4_swiglu(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
     """Return ``silu(x @ Wg^T) * (x @ Wu^T)``; as the reference's."""
-    x = _native.adjacent_columns(x)
-    out = x.new_empty((x.shape[0], w_gate.shape[0]))
-    code = _native.library().lk_nf4_swiglu(
-        _native.matrix(w_gate),
-        _native.matrix(w_up),
-        _native.DTYPES[x.dtype],
-        x.shape[0],
-        x.data_ptr(),
-        x.stride(0),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    _native.check(code)
-    return out
+    return _native.nf4_swiglu("lk_nf4_swiglu", x, w_gate, w_up)
 
 
 def nf4_swiglu_backward(grad: Tensor, x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:

@@ -36,29 +36,17 @@ def nf4_swiglu_int8(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
         ConfigError: a shape, dtype, blocksize or device does not fit, or x requires a gradient.
         BackendError: a backend forced by name cannot run this call.
     """
-    _checks.check_floating(_OP, "x", x)
-    _checks.check_nf4(_OP, "w_gate", w_gate)
-    _checks.check_nf4(_OP, "w_up", w_up)
-    _checks.check_same_device(_OP, "w_gate", w_gate.packed, "x", x)
-    _checks.check_same_device(_OP, "w_up", w_up.packed, "x", x)
-    for found, wanted, name in (
-        (list(w_up.shape), list(w_gate.shape), "shape"),
-        (w_up.blocksize, w_gate.blocksize, "blocksize"),
-    ):
-        if found != wanted:
-            raise _checks.refuse(
-                _OP, "w_up", f"has {name} {found}", f"it must be {wanted}, as w_gate"
-            )
-    if x.dim() == 0 or x.shape[-1] != w_gate.shape[1]:
+    x = _nf4_args.checked_gated_input(_OP, x, w_gate, w_up)
+    if w_up.blocksize != w_gate.blocksize:
         raise _checks.refuse(
             _OP,
-            "x",
-            f"has shape {list(x.shape)}",
-            f"it must be ['...', {w_gate.shape[1]}] for weights of shape {list(w_gate.shape)}",
+            "w_up",
+            f"has blocksize {w_up.blocksize}",
+            f"it must be {w_gate.blocksize}, as w_gate",
         )
     check_whole_blocks(_OP, "w_gate", w_gate)
     check_no_gradient(_OP, x=x)
-    return _swiglu(_checks.autocast(x), *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
+    return _swiglu(x, *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
 
 
 _WEIGHTS = f"{_nf4_args.schema('gate_')}, {_nf4_args.schema('up_')}"
