@@ -1,0 +1,1 @@
+"""A study of how well small models learn: ways of fine-tuning, compared on the same tasks."""
