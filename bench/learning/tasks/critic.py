@@ -95,8 +95,8 @@ def _plant(problem: Problem, rng: random.Random) -> tuple[tuple[Equation, ...], 
     """A solution with one mistake, its step from 1, and its kind; ``None`` if it finds none."""
     index = rng.randrange(len(problem.steps))
     right = problem.equations()[index]
+    mistake = rng.choice(_MISTAKES)
     for _ in range(_TRIES):
-        mistake = rng.choice(_MISTAKES)
         if mistake == "result":
             wrong = rng.choice(_near(right))
             equations = work_out(problem.steps, claimed={index: wrong})

@@ -55,7 +55,8 @@ def docstrings(seed: int = 0, *, root: Path | None = None) -> DocstringsTask:
 def _examples(functions: Iterable[DocstringExample]) -> tuple[Example, ...]:
     return tuple(
         Example(
-            prompt=f"{function.prompt}\n\n",
+            # One newline: of two, which are one token, the second would be split off by the answer.
+            prompt=f"{function.prompt}\n",
             answer=function.docstring,
             details={
                 "module": function.module,

@@ -16,10 +16,13 @@ from pathlib import Path
 
 from ladder_kernels.errors import DataError, MissingFileError
 
-__all__ = ["CACHE", "NOUN_CLASSES", "Noun", "find_wordnet", "read_nouns"]
+__all__ = ["CACHE", "NOUN_CLASSES", "SYSTEM", "Noun", "find_wordnet", "read_nouns"]
 
 CACHE = Path("build/learning/wordnet")
 """Where the database is unpacked, from the repository's root."""
+
+SYSTEM = Path("/usr/share/wordnet")
+"""Where Debian's package installs it."""
 
 NOUN_CLASSES = {
     4: "act",
@@ -51,7 +54,7 @@ NOUN_CLASSES = {
 """The lexicographers' files of nouns by number, as of lexnames(5), without the 51 of noun.Tops."""
 
 _PACKAGE = "wordnet-base"
-_FOLDER = Path("usr/share/wordnet")
+_FOLDER = SYSTEM.relative_to("/")
 _FILE = "data.noun"
 _SECONDS = 300
 # A definition ends where the first example begins; quotation marks within a definition are kept.
@@ -75,16 +78,17 @@ class Noun:
     definition: str
 
 
-def find_wordnet(cache: Path = CACHE) -> Path:
+def find_wordnet(cache: Path = CACHE, *, system: Path = SYSTEM) -> Path:
     """Folder of WordNet's database: the system's, or the one in ``cache``, fetched if need be.
 
     Args:
         cache: Folder for the unpacked package; made if it does not exist.
+        system: Folder of the database where it is installed.
 
     Raises:
         MissingFileError: If WordNet is not installed and Debian's package cannot be fetched.
     """
-    for folder in (Path("/") / _FOLDER, cache / _FOLDER):
+    for folder in (system, cache / _FOLDER):
         if (folder / _FILE).is_file():
             return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -165,6 +169,6 @@ def _run(*command: str, folder: Path) -> None:
 
 def _missing(why: str) -> MissingFileError:
     return MissingFileError(
-        f"WordNet: not in /{_FOLDER}, and Debian's package {_PACKAGE} cannot be fetched ({why}); "
+        f"WordNet: not installed, and Debian's package {_PACKAGE} cannot be fetched ({why}); "
         f"'apt-get install {_PACKAGE}' as root brings it"
     )
