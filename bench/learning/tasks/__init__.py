@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench.learning.tasks.base import ClassesTask, Example, Task
-from bench.learning.tasks.critic import critic
-from bench.learning.tasks.docstrings import docstrings
-from bench.learning.tasks.maths import maths
-from bench.learning.tasks.nlu import nlu
+from bench.learning.tasks.critic import critic_task
+from bench.learning.tasks.docstrings import docstrings_task
+from bench.learning.tasks.maths import maths_task
+from bench.learning.tasks.nlu import nlu_task
 from ladder_kernels.errors import ConfigError
 
 __all__ = ["TASKS", "ClassesTask", "Example", "Task", "load_task"]
 
 TASKS: Mapping[str, Callable[..., Task]] = {
-    "nlu": nlu,
-    "maths": maths,
-    "critic": critic,
-    "docstrings": docstrings,
+    "nlu": nlu_task,
+    "maths": maths_task,
+    "critic": critic_task,
+    "docstrings": docstrings_task,
 }
 """What makes each task, by name; each takes a seed and options of its own."""
 

@@ -23,7 +23,7 @@ from bench.learning.tasks.problems import (
     work_out,
 )
 
-__all__ = ["CLASSES", "critic"]
+__all__ = ["CLASSES", "critic_task"]
 
 CLASSES = (" none", " one", " two", " three", " four", " five", " six")
 """The answers: no step, or the first wrong one. As words, since the first token of every digit
@@ -34,7 +34,9 @@ _MISTAKES = ("result", "result", "operand", "operation")
 _TRIES = 50
 
 
-def critic(seed: int = 0, *, train_size: int = 20_000, held_out_size: int = 500) -> ClassesTask:
+def critic_task(
+    seed: int = 0, *, train_size: int = 20_000, held_out_size: int = 500
+) -> ClassesTask:
     """The task; half of the answers are " none", the wrong step of the others is any of theirs.
 
     A solution of d steps is drawn d times as often as one of a single step would be: late steps are
@@ -138,10 +140,10 @@ def _other_operation(problem: Problem, index: int, rng: random.Random) -> Step:
     return replace(problem.steps[index], sign=rng.choice(list(OPERATORS)))
 
 
-def _does_same(step: Step, other: Step) -> bool:
-    """Whether both do the same with the same numbers, whatever results they go on from."""
-    numbers = [
-        sorted(term for term in (each.left, each.right) if isinstance(term, int))
-        for each in (step, other)
-    ]
-    return step.sign == other.sign and numbers[0] == numbers[1] != []
+def _does_same(step: Step, later: Step) -> bool:
+    """Whether ``step`` does what ``later`` shall do, with the same numbers, to another result."""
+    mine, its = (
+        {term for term in (each.left, each.right) if isinstance(term, int)}
+        for each in (step, later)
+    )
+    return step.sign == later.sign and bool(its) and its <= mine

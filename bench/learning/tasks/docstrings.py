@@ -11,7 +11,7 @@ from bench.learning.tasks.base import Answers, Example, Metric, Task
 from ladder_kernels.docstrings import DocstringExample, collect_docstrings, standard_library
 from ladder_kernels.errors import DataError
 
-__all__ = ["DocstringsTask", "docstrings"]
+__all__ = ["DocstringsTask", "docstrings_task"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class DocstringsTask(Task):
         return {"exact_match": float(output.strip() == example.answer)}
 
 
-def docstrings(seed: int = 0, *, root: Path | None = None) -> DocstringsTask:
+def docstrings_task(seed: int = 0, *, root: Path | None = None) -> DocstringsTask:
     """The task, split by module, and with seed 0 in the order of the demo.
 
     Args:

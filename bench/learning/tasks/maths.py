@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bench.learning.tasks.base import Answers, Example, Metric, Task
 from bench.learning.tasks.problems import DEPTHS, OPERATORS, Problem, problems
 
-__all__ = ["MathsTask", "maths"]
+__all__ = ["MathsTask", "maths_task"]
 
 _EQUATION = re.compile(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)")
 _MARK = "Answer:"
@@ -58,7 +58,7 @@ class MathsTask(Task):
         }
 
 
-def maths(seed: int = 0, *, train_size: int = 20_000, held_out_size: int = 250) -> MathsTask:
+def maths_task(seed: int = 0, *, train_size: int = 20_000, held_out_size: int = 250) -> MathsTask:
     """The task; each depth is equally frequent.
 
     Args:

@@ -16,13 +16,13 @@ from bench.learning.tasks.base import ClassesTask, Example
 from bench.learning.tasks.wordnet import CACHE, NOUN_CLASSES, Noun, find_wordnet, read_nouns
 from ladder_kernels.errors import DataError
 
-__all__ = ["nlu", "nlu_examples"]
+__all__ = ["nlu_examples", "nlu_task"]
 
 _DEFINITION_CHARACTERS = range(16, 241)
 _HELD_OUT_ONE_IN = 8
 
 
-def nlu(
+def nlu_task(
     seed: int = 0,
     *,
     train_size: int = 6000,

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 
 import pytest
 
+from bench.learning.tasks import critic as critic_module
 from bench.learning.tasks.base import ClassesTask
-from bench.learning.tasks.critic import CLASSES, critic
+from bench.learning.tasks.critic import CLASSES, critic_task
+from bench.learning.tasks.problems import Problem, Result, Step
 
 Line = tuple[int, str, int, int]
 
 
 @pytest.fixture(scope="module")
 def task() -> ClassesTask:
-    return critic(train_size=6000)
+    return critic_task(train_size=6000)
 
 
 def read(line: str) -> Line:
@@ -72,6 +75,16 @@ def test_the_planted_step_is_the_first_wrong_one(task: ClassesTask) -> None:
             assert before[1] == after[1]
             for place in (0, 2):
                 assert before[place] == after[place] or (before[place], after[place]) in became
+
+
+def test_another_order_of_steps_is_no_mistake() -> None:
+    steps = (Step(left=10, sign="+", right=5), Step(left=Result(0), sign="+", right=8))
+    problem = Problem(question="", steps=steps, numbers=(10, 5, 8))
+    rng = random.Random(0)
+    planted = [critic_module._plant(problem, rng) for _ in range(500)]
+    first = {str(found[0][0]) for found in planted if found is not None and found[1] == 1}
+    assert "10 + 8 = 18" not in first
+    assert {"10 + 10 = 20", "10 + 6 = 16", "10 * 5 = 50"} <= first
 
 
 def test_half_is_right(task: ClassesTask) -> None:

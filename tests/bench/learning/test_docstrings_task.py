@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from bench.learning.tasks.docstrings import DocstringsTask, docstrings
+from bench.learning.tasks.docstrings import DocstringsTask, docstrings_task
 from ladder_kernels.demo import packed_rows
 from ladder_kernels.docstrings import collect_docstrings
 from ladder_kernels.errors import DataError
@@ -14,7 +14,7 @@ from ladder_kernels.errors import DataError
 
 @pytest.fixture(scope="module")
 def task() -> DocstringsTask:
-    return docstrings()
+    return docstrings_task()
 
 
 def test_the_order_is_that_of_the_demo(task: DocstringsTask) -> None:
@@ -44,4 +44,4 @@ def test_score(task: DocstringsTask) -> None:
 
 def test_nothing_to_learn_from(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found no functions"):
-        docstrings(root=tmp_path)
+        docstrings_task(root=tmp_path)

@@ -9,7 +9,7 @@ from string import Formatter
 import pytest
 
 from bench.learning.tasks.base import Example
-from bench.learning.tasks.maths import MathsTask, maths
+from bench.learning.tasks.maths import MathsTask, maths_task
 from bench.learning.tasks.problems import problems
 from bench.learning.tasks.stories import SCENES
 
@@ -21,7 +21,7 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def task() -> MathsTask:
-    return maths(train_size=3000)
+    return maths_task(train_size=3000)
 
 
 def calculate(left: int, sign: str, right: int) -> Fraction:
@@ -158,5 +158,5 @@ def test_the_right_answers_score_full(task: MathsTask) -> None:
 
 
 def test_the_default_has_enough_to_train_on() -> None:
-    task = maths()
+    task = maths_task()
     assert len({example.prompt for example in task.train}) == len(task.train) == 20_000

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.learning.tasks.nlu import nlu, nlu_examples
+from bench.learning.tasks.nlu import nlu_examples, nlu_task
 from bench.learning.tasks.wordnet import NOUN_CLASSES, Noun, read_nouns
 from ladder_kernels.errors import DataError
 
@@ -36,7 +36,7 @@ def test_the_split_is_fixed_and_complete(wordnet: Path) -> None:
 
 
 def test_every_beginning_is_balanced(wordnet: Path) -> None:
-    task = nlu(wordnet=wordnet, train_size=250, held_out_size=30)
+    task = nlu_task(wordnet=wordnet, train_size=250, held_out_size=30)
     assert (len(task.train), len(task.held_out)) == (250, 30)
     counts = Counter(example.answer for example in task.train)
     assert set(counts) == set(task.classes)
@@ -61,7 +61,7 @@ def test_equal_definitions() -> None:
 
 
 def test_score(wordnet: Path) -> None:
-    task = nlu(wordnet=wordnet)
+    task = nlu_task(wordnet=wordnet)
     example = next(example for example in task.train if example.answer == " plant")
     for output, right in {
         " plant": 1.0,
@@ -76,4 +76,4 @@ def test_score(wordnet: Path) -> None:
 
 def test_nothing_to_hold_out(tmp_path: Path, write_nouns: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="found no definitions"):
-        nlu(wordnet=write_nouns(tmp_path, []))
+        nlu_task(wordnet=write_nouns(tmp_path, []))

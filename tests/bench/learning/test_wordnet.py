@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.learning.tasks.nlu import nlu
+from bench.learning.tasks.nlu import nlu_task
 from bench.learning.tasks.wordnet import NOUN_CLASSES, find_wordnet, read_nouns
 from ladder_kernels.errors import DataError, MissingFileError
 
@@ -128,7 +128,7 @@ def test_the_real_database(tmp_path: Path) -> None:
     cat = by_offset[2121620]
     assert (cat.file, cat.words) == (5, ("cat", "true cat"))
     assert cat.definition.startswith("feline mammal usually having thick soft fur")
-    task = nlu(wordnet=folder)
+    task = nlu_task(wordnet=folder)
     assert (len(task.train), len(task.held_out)) == (6000, 500)
     for examples, rare in ((task.train, 35), (task.held_out, 5)):
         counts = dict.fromkeys(NOUN_CLASSES.values(), 0)
