@@ -7,7 +7,7 @@ and :meth:`Backbone.logits` applies the frozen end of the model, through which g
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ladder_kernels.errors import ConfigError
+from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import NF4Linear
 from ladder_kernels.ops import nf4_linear
@@ -109,12 +110,43 @@ class Backbone(nn.Module):
         layout: SequenceLayout,
         cache: Any,
         emit: Callable[[int, torch.Tensor], None],
+        stop: int,
     ) -> None:
-        """Run all layers and call ``emit(t, h[t])`` for ``t`` in ``0..L``, in order.
+        """Run the first ``stop`` layers and call ``emit(t, h[t])`` for ``t`` in ``0..stop``.
 
         ``tokens`` are ids ``[B, S]``, or embeddings ``[B, S, D]`` in the compute dtype.
         ``emit`` copies what it needs, so ``h`` may be overwritten afterwards.
         """
+
+    @abstractmethod
+    def _top(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Any,
+        start: int,
+        adapters: Sequence[BlockAdapters],
+    ) -> torch.Tensor:
+        """Run the layers after the first ``start``; see :meth:`top_pass`."""
+
+    @abstractmethod
+    def check_reentry(self, reentry: int) -> None:
+        """Refuse a re-entry below the last ``reentry`` layers where it is not possible.
+
+        Raises:
+            UnsupportedModelError: If gradients cannot pass through layers of this backbone.
+        """
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """``(N, K)`` of the linear layers of a block, by role.
+
+        Raises:
+            UnsupportedModelError: If the blocks do not have these parts.
+        """
+        raise UnsupportedModelError(
+            f"low-rank adapters on '{self.config.model_type}', which runs on {self.runs_on}, are "
+            "not supported"
+        )
 
     @abstractmethod
     def _final_norm(self, y: torch.Tensor) -> torch.Tensor:
@@ -233,6 +265,7 @@ class Backbone(nn.Module):
         tap_dtype: torch.dtype | None = None,
         cache: Any = None,
         activations: str = "exact",
+        stop: int | None = None,
     ) -> FrozenPass:
         """Run the model without gradients and keep the tapped states.
 
@@ -249,14 +282,16 @@ class Backbone(nn.Module):
             cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
             activations: How quantised layers take their inputs, one of
                 :data:`~ladder_kernels.nn.linear.ACTIVATIONS`; see :meth:`check_activations`.
+            stop: Run this many layers only; default all. :meth:`top_pass` runs the others.
 
         Returns:
-            The taps and the last state.
+            The taps and the last state, ``h[stop]``.
 
         Raises:
             ConfigError: If not exactly one input is given, a shape does not fit the layout, or a
                 tap layer does not exist.
         """
+        stop = self.num_layers if stop is None else stop
         tokens = input_ids if inputs_embeds is None else inputs_embeds.to(self.dtype)
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
@@ -266,10 +301,8 @@ class Backbone(nn.Module):
                 f"[{layout.batch}, {layout.length}]"
             )
         for layer in tap_layers:
-            if not 0 <= layer <= self.num_layers:
-                raise ConfigError(
-                    f"tap layer {layer} does not exist; allowed are 0 to {self.num_layers}"
-                )
+            if not 0 <= layer <= stop:
+                raise ConfigError(f"tap layer {layer} does not exist; allowed are 0 to {stop}")
 
         # Allocated outside inference mode: autograd refuses to save inference tensors.
         shape = (layout.batch, layout.length, self.hidden_size)
@@ -282,16 +315,50 @@ class Backbone(nn.Module):
         def emit(layer: int, state: torch.Tensor) -> None:
             if layer in taps:
                 taps[layer].copy_(state)
-            if layer == self.num_layers:
+            if layer == stop:
                 hidden.copy_(state)
 
+        self._take_activations(activations)
+        with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
+            self._run(tokens, layout.to(self.device), cache, emit, stop)
+        return FrozenPass(taps=taps, hidden=hidden)
+
+    def top_pass(
+        self,
+        hidden: torch.Tensor,
+        *,
+        layout: SequenceLayout,
+        start: int,
+        adapters: Sequence[BlockAdapters] = (),
+        cache: Any = None,
+    ) -> torch.Tensor:
+        """Run the layers above a re-entry, through which gradients may flow.
+
+        Activations are exact here: rounded ones have no gradient. As the frozen pass, it runs in
+        the backbone's dtype, autocast or not.
+
+        Args:
+            hidden: The residual stream that enters layer ``start + 1``, ``[B, S, D]``.
+            layout: Of the batch, the same as the frozen pass had.
+            start: How many layers the frozen pass ran.
+            adapters: Of each layer above that, or none at all.
+            cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
+
+        Returns:
+            ``y``, ``[B, S, D]`` in the compute dtype, before the final norm.
+
+        Raises:
+            UnsupportedModelError: See :meth:`check_reentry`.
+        """
+        self._take_activations("exact")
+        with torch.autocast(self.device.type, enabled=False):
+            return self._top(hidden.to(self.dtype), layout.to(self.device), cache, start, adapters)
+
+    def _take_activations(self, activations: str) -> None:
         if activations != self._activations:
             for _, linear in self._nf4_layers():
                 linear.activations = activations
             self._activations = activations
-        with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
-            self._run(tokens, layout.to(self.device), cache, emit)
-        return FrozenPass(taps=taps, hidden=hidden)
 
     def final_norm(self, y: torch.Tensor) -> torch.Tensor:
         """The frozen norm before the head.

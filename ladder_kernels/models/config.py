@@ -31,7 +31,7 @@ __all__ = [
     "tap_dtype_of",
 ]
 
-KINDS = ("lst", "xladder", "explicit")
+KINDS = ("lst", "xladder", "explicit", "adapters")
 """How a list of rungs can be described."""
 
 TAP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -44,6 +44,7 @@ _KIND_FIELDS: dict[str, dict[str, Any]] = {
     "lst": {"every": 1},
     "xladder": {"connected": 4, "free": 4},
     "explicit": {"rungs": None},
+    "adapters": {},
 }
 
 
@@ -68,7 +69,8 @@ class LadderConfig:
     kind: str | None = _help(
         "how rungs are placed: 'lst' (one tap a rung, evenly spaced), 'xladder' (the top layers, "
         "then rungs "
-        "without taps) or 'explicit'; default 'explicit' when rungs is given, else 'lst'",
+        "without taps), 'explicit' or 'adapters' (no rungs: only low-rank adapters above the "
+        "re-entry); default 'explicit' when rungs is given, else 'lst'",
         None,
     )
     every: int | None = _help("lst: backbone layers from one rung to the next (default 1)", None)
@@ -88,6 +90,15 @@ class LadderConfig:
     output: str = _help(
         f"how the ladder's top meets the last state: {', '.join(OUTPUTS)}", "residual"
     )
+    reentry: int = _help(
+        "backbone layers, counted from the top, that come after the ladder: its output is added to "
+        "the residual stream before them, and gradients pass through them and no others",
+        0,
+    )
+    adapter_rank: int = _help(
+        "rank of low-rank adapters (LoRA) on every linear layer after the re-entry; 0 for none", 0
+    )
+    adapter_scale: float = _help("factor on what those adapters add (LoRA's alpha / rank)", 2.0)
     block: str = _help(f"kind of side block: {', '.join(BLOCKS)}", "transformer")
     head_dim: int | None = _help(
         "channels an attention head of the ladder, even; default the largest even divisor of its "
@@ -121,6 +132,15 @@ class LadderConfig:
         """
         return cls(kind="xladder", connected=connected, free=free, reduction=reduction, **options)
 
+    @classmethod
+    def adapters(cls, reentry: int, rank: int = 16, **options: Any) -> LadderConfig:
+        """No rungs: low-rank adapters on the top ``reentry`` layers.
+
+        With ``reentry`` equal to the number of layers this is QLoRA (arXiv:2305.14314) on all
+        linear layers; with fewer, its cheaper neighbours down to the plain ladder.
+        """
+        return cls(kind="adapters", reentry=reentry, adapter_rank=rank, **options)
+
     def __post_init__(self) -> None:
         kind = self.kind or ("explicit" if self.rungs is not None else "lst")
         _one_of("kind", kind, KINDS)
@@ -140,9 +160,18 @@ class LadderConfig:
         elif kind == "xladder":
             _integer("connected", self.connected, at_least=1)
             _integer("free", self.free, at_least=0)
-        else:
+        elif kind == "explicit":
             object.__setattr__(self, "rungs", _checked_rungs(self.rungs))
 
+        _integer("reentry", self.reentry, at_least=0)
+        _integer("adapter_rank", self.adapter_rank, at_least=0)
+        _positive("adapter_scale", self.adapter_scale)
+        if self.adapter_rank and not self.reentry:
+            raise _wrong(
+                "adapter_rank", self.adapter_rank, "adapters sit after a re-entry: give reentry too"
+            )
+        if kind == "adapters" and not self.adapter_rank:
+            raise _wrong("adapter_rank", 0, "a ladder of kind 'adapters' has nothing else to train")
         _integer("reduction", self.reduction, at_least=1)
         if self.width is not None:
             _integer("width", self.width, at_least=1)
@@ -166,26 +195,35 @@ class LadderConfig:
     def resolve(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
         """The layers that each rung taps beside a backbone of ``num_layers`` layers, bottom first.
 
+        Rungs tap what lies below the re-entry, layers 0 to ``num_layers - reentry``.
+
         Raises:
             ConfigError: If the ladder does not fit that many layers.
         """
+        if self.reentry > num_layers:
+            raise _wrong("reentry", self.reentry, f"the backbone has {num_layers} layers")
+        below = num_layers - self.reentry
+        found = f"the backbone has {num_layers} layers" + (
+            f", {below} of them below the re-entry" if self.reentry else ""
+        )
         if self.kind == "lst":
             every = self.every or 1
-            if every > num_layers:
-                raise _wrong("every", every, f"the backbone has {num_layers} layers")
-            return tuple((layer,) for layer in range(num_layers, 0, -every))[::-1]
+            if every > below:
+                raise _wrong("every", every, found)
+            return tuple((layer,) for layer in range(below, 0, -every))[::-1]
         if self.kind == "xladder":
             connected, free = self.connected or 0, self.free or 0
-            if connected > num_layers:
-                raise _wrong("connected", connected, f"the backbone has {num_layers} layers")
-            top = range(num_layers - connected + 1, num_layers + 1)
-            return tuple((layer,) for layer in top) + ((),) * free
+            if connected > below:
+                raise _wrong("connected", connected, found)
+            return tuple((layer,) for layer in range(below - connected + 1, below + 1)) + (
+                ((),) * free
+            )
         rungs = self.rungs or ()
         for index, rung in enumerate(rungs):
             for layer in rung:
-                if layer > num_layers:
+                if layer > below:
                     raise _wrong(
-                        f"rungs[{index}]", layer, f"the backbone's taps are 0 to {num_layers}"
+                        f"rungs[{index}]", layer, f"the taps that it can have are 0 to {below}"
                     )
         return rungs
 

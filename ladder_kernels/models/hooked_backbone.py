@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models.backbone import Backbone, Quantization
 from ladder_kernels.models.weights import TensorSource, WeightReader
 from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear, move_exactly
 
@@ -258,12 +259,32 @@ class HookedBackbone(Backbone):
                 return width
         return 4 * self.hidden_size
 
+    def check_reentry(self, reentry: int) -> None:
+        """None but 0: the layers of transformers run as a whole here; see :class:`Backbone`."""
+        if reentry:
+            raise UnsupportedModelError(
+                f"ladder.reentry: found {reentry}, but '{self.config.model_type}' runs on "
+                "transformers' own layers, whose top cannot be run apart; allowed is 0"
+            )
+
+    def _top(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Any,
+        start: int,
+        adapters: Sequence[BlockAdapters],
+    ) -> torch.Tensor:
+        self.check_reentry(self.num_layers - start)
+        return hidden
+
     def _run(
         self,
         tokens: torch.Tensor,
         layout: SequenceLayout,
         cache: Any,
         emit: Callable[[int, torch.Tensor], None],
+        stop: int,
     ) -> None:
         mask, positions = layout.padding, layout.position_ids
         if self.family.learned_positions and positions.numel():

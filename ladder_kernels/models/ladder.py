@@ -13,10 +13,11 @@ from ladder_kernels.errors import ConfigError
 from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.config import LadderConfig
 from ladder_kernels.models.inits import INITS
+from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.block import BLOCKS, SideBlock, SideShape, rotary_tables
 from ladder_kernels.nn.merge import MERGES
-from ladder_kernels.nn.output import OUTPUTS
+from ladder_kernels.nn.output import OUTPUTS, Output
 from ladder_kernels.nn.tap import TAPS, Tap
 from ladder_kernels.ops import rms_norm
 
@@ -95,6 +96,8 @@ class Ladder(nn.Module):
         intermediate_size: Width inside its MLP.
         rope_theta: Base of its rotary frequencies, used for the ladder's own attention.
         head_dim: Channels of its attention heads (see :meth:`LadderConfig.side_shape`).
+        linear_shapes: ``(N, K)`` of the linear layers of its blocks by role; needed by adapters
+            only.
         backbone: Needed by the init "pruned" only.
 
     Attributes:
@@ -114,6 +117,7 @@ class Ladder(nn.Module):
         intermediate_size: int,
         rope_theta: float = 10000.0,
         head_dim: int | None = None,
+        linear_shapes: Mapping[str, tuple[int, int]] | None = None,
         backbone: Backbone | None = None,
     ) -> None:
         super().__init__()
@@ -122,12 +126,19 @@ class Ladder(nn.Module):
         self.rope_theta = rope_theta
         self.rung_taps = config.resolve(num_layers)
         self.shape = config.side_shape(hidden_size, intermediate_size, head_dim)
-        self.entry = TAPS["residual"](0, hidden_size=hidden_size, width=self.shape.width)
         self.rungs = nn.ModuleList(
             Rung(config, layers, hidden_size, self.shape) for layers in self.rung_taps
         )
-        self.output = OUTPUTS[config.output](
-            hidden_size=hidden_size, width=self.shape.width, eps=config.eps
+        self.entry: Tap | None = None
+        self.output: Output | None = None
+        if self.rung_taps:
+            self.entry = TAPS["residual"](0, hidden_size=hidden_size, width=self.shape.width)
+            self.output = OUTPUTS[config.output](
+                hidden_size=hidden_size, width=self.shape.width, eps=config.eps
+            )
+        self.adapters = nn.ModuleList(
+            BlockAdapters(linear_shapes or {}, rank=config.adapter_rank, scale=config.adapter_scale)
+            for _ in range(config.reentry if config.adapter_rank else 0)
         )
         self.reset_parameters(backbone)
 
@@ -144,6 +155,7 @@ class Ladder(nn.Module):
             intermediate_size=backbone.intermediate_size,
             rope_theta=_rope_theta(base),
             head_dim=head_dim,
+            linear_shapes=backbone.linear_shapes() if config.adapter_rank else None,
             backbone=backbone,
         )
         return ladder.to(backbone.device)
@@ -160,7 +172,8 @@ class Ladder(nn.Module):
 
     def projections(self) -> Iterator[nn.Parameter]:
         """Every projection into the ladder: ``Down_0``, then the rungs', bottom first."""
-        yield self.entry.down
+        if self.entry is not None:
+            yield self.entry.down
         for rung in self.steps():
             for tap in rung.connections():
                 yield tap.down
@@ -168,7 +181,16 @@ class Ladder(nn.Module):
     @property
     def tap_layers(self) -> tuple[int, ...]:
         """Every layer that is read, ascending; 0, where the side stream starts, is among them."""
-        return tuple(sorted({0}.union(*self.rung_taps)))
+        return tuple(sorted({0}.union(*self.rung_taps))) if self.rung_taps else ()
+
+    @property
+    def stop(self) -> int:
+        """How many layers the frozen pass runs: those below the re-entry, or all."""
+        return self.num_layers - self.config.reentry
+
+    def block_adapters(self) -> list[BlockAdapters]:
+        """The adapters of each layer after the re-entry, bottom first; none if there are none."""
+        return [block for block in self.adapters if isinstance(block, BlockAdapters)]
 
     @property
     def cache_layers(self) -> int:
@@ -178,7 +200,7 @@ class Ladder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        return self.entry.down.dtype
+        return next(self.parameters()).dtype
 
     # Initial weights ------------------------------------------------------------------------------
 
@@ -191,6 +213,8 @@ class Ladder(nn.Module):
         generator = torch.Generator().manual_seed(self.config.seed)
         with torch.no_grad():
             INITS[self.config.init](self, backbone, generator)
+        for block in self.block_adapters():
+            block.reset_parameters(generator)
 
     def fill(self, matrix: Callable[[torch.Tensor], object]) -> None:
         """Initialise every parameter; gates, norms and a zero output do not use ``matrix``.
@@ -206,14 +230,16 @@ class Ladder(nn.Module):
             matrix(drawn)
             weight.copy_(drawn)
 
-        self.entry.reset_parameters(write)
+        if self.entry is not None:
+            self.entry.reset_parameters(write)
         for rung in self.steps():
             for tap in rung.connections():
                 tap.reset_parameters(write)
             if rung.merge is not None:
                 rung.merge.reset_parameters()
             rung.block.reset_parameters(write)
-        self.output.reset_parameters(write)
+        if self.output is not None:
+            self.output.reset_parameters(write)
 
     # The side pass --------------------------------------------------------------------------------
 
@@ -231,7 +257,7 @@ class Ladder(nn.Module):
         Args:
             taps: Residual stream ``h[t]``, ``[B, S, D]`` in any float dtype, for ``t`` in
                 :attr:`tap_layers`; constants.
-            hidden: ``h[L]``, ``[B, S, D]`` in the backbone's compute dtype, a constant.
+            hidden: ``h[stop]``, ``[B, S, D]`` in the backbone's compute dtype, a constant.
             layout: Positions, padding and documents, the same as the frozen pass had.
             cache: A transformers ``Cache``, or ``None``.
             cache_offset: The cache's layer of the first rung with attention; default ``L``.
@@ -249,6 +275,8 @@ class Ladder(nn.Module):
                 f"taps: found layers {sorted(taps)}; the ladder also reads "
                 f"{', '.join(map(str, missing))}"
             )
+        if self.entry is None or self.output is None:
+            return hidden if select is None else hidden[select]
         index = self.num_layers if cache_offset is None else cache_offset
         rotary = None
         if self.shape.heads:

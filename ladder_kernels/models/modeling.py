@@ -72,6 +72,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         check_activations(config.activations)
         backbone.check_activations(config.activations)
+        backbone.check_reentry(config.ladder_config.reentry)
         # Past nn.Module's own bookkeeping, which would register it.
         object.__setattr__(self, "_backbone", backbone)
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
@@ -515,18 +516,30 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         select: Any = None,
     ) -> torch.Tensor:
         """``y`` before the final norm, ``[B, S, D]``, or ``[n, D]`` for the selected tokens."""
+        ladder = self.ladder if self._ladder_enabled else None
         frozen = self._backbone.frozen_pass(
             input_ids,
             inputs_embeds=inputs_embeds,
             layout=layout,
-            tap_layers=self.ladder.tap_layers if self._ladder_enabled else (),
+            tap_layers=ladder.tap_layers if ladder else (),
             tap_dtype=self.tap_dtype,
             cache=cache,
             activations=self.config.activations,
+            stop=ladder.stop if ladder else None,
         )
-        if self._ladder_enabled:
-            return self.ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
-        return frozen.hidden if select is None else frozen.hidden[select]
+        if ladder is None:
+            return frozen.hidden if select is None else frozen.hidden[select]
+        if not self.config.ladder_config.reentry:
+            return ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
+        # Tokens above the re-entry see each other: all of them are needed up to the last layer.
+        y = self._backbone.top_pass(
+            ladder(frozen.taps, frozen.hidden, layout, cache=cache),
+            layout=layout,
+            start=ladder.stop,
+            adapters=ladder.block_adapters(),
+            cache=cache,
+        )
+        return y if select is None else y[select]
 
     def _before_head(self, y: torch.Tensor) -> torch.Tensor:
         """What the head multiplies: ``y`` after the final norm, scaled as the logits are."""

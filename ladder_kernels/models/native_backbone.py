@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +13,12 @@ from ladder_kernels.models.architecture import Architecture
 from ladder_kernels.models.backbone import Backbone, Quantization
 from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout, attend
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
 from ladder_kernels.nn.rotary import Rotary
 from ladder_kernels.ops import nf4_swiglu, nf4_swiglu_int8, rms_norm, rotary_
+from ladder_kernels.ops import rotary as turned_by_rotary
 
 __all__ = ["NativeBackbone"]
 
@@ -69,6 +71,7 @@ class NativeBlock(nn.Module):
         layout: SequenceLayout,
         rotary: tuple[torch.Tensor, torch.Tensor],
         cache: Any,
+        adapters: BlockAdapters | None = None,
     ) -> torch.Tensor:
         """Run the block.
 
@@ -77,29 +80,43 @@ class NativeBlock(nn.Module):
             layout: Of the batch.
             rotary: Cosines and sines of :class:`Rotary`.
             cache: A transformers ``Cache`` or ``None``.
+            adapters: Of this block, or ``None``.
 
         Returns:
-            The residual stream after the block, ``[B, S, D]``.
+            The residual stream after the block, ``[B, S, D]``; differentiable in ``hidden`` and the
+            adapters, where gradients are enabled.
         """
+
+        def linear(role: str, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+            y = getattr(self, role)(x, residual)
+            return y if adapters is None else adapters.add(role, x, y)
+
         x = rms_norm(hidden, self.input_norm, self.eps)
-        q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
+        q, k, v = (self._heads(linear(role, x)) for role in ("q", "k", "v"))
         if self.qk_norm:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        if self.rope:
+        if self.rope and (q.requires_grad or k.requires_grad):
+            q, k = turned_by_rotary(q, k, *rotary)
+        elif self.rope:
             rotary_(q, k, *rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         x = attend(q, k, v, layout, window=self.window)
         del q, k, v
-        hidden = self.o(x, hidden)
+        hidden = linear("o", x, hidden)
         x = rms_norm(hidden, self.post_norm, self.eps)
-        if self.fused and isinstance(self.gate, NF4Linear) and isinstance(self.up, NF4Linear):
+        if (
+            self.fused
+            and adapters is None
+            and isinstance(self.gate, NF4Linear)
+            and isinstance(self.up, NF4Linear)
+        ):
             swiglu = nf4_swiglu_int8 if self.gate.activations == "int8" else nf4_swiglu
             x = swiglu(x, self.gate.weight, self.up.weight)
         else:
-            x = self.activation(self.gate(x)) * self.up(x)
-        return self.down(x, hidden)
+            x = self.activation(linear("gate", x)) * linear("up", x)
+        return linear("down", x, hidden)
 
 
 class NativeBackbone(Backbone):
@@ -172,15 +189,37 @@ class NativeBackbone(Backbone):
         layout: SequenceLayout,
         cache: Any,
         emit: Callable[[int, torch.Tensor], None],
+        stop: int,
     ) -> None:
         hidden = tokens
         if not tokens.is_floating_point():
             hidden = nn.functional.embedding(tokens, self.embed)
         emit(0, hidden)
         rotary = self.rotary(layout.position_ids, self.dtype)
-        for layer, block in enumerate(self.blocks, start=1):
+        for layer, block in enumerate(list(self.blocks)[:stop], start=1):
             hidden = block(hidden, layout, rotary, cache)
             emit(layer, hidden)
+
+    def check_reentry(self, reentry: int) -> None:
+        """Any number of layers may come after a re-entry; see :class:`Backbone`."""
+
+    def _top(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Any,
+        start: int,
+        adapters: Sequence[BlockAdapters],
+    ) -> torch.Tensor:
+        rotary = self.rotary(layout.position_ids, self.dtype)
+        for index, block in enumerate(list(self.blocks)[start:]):
+            own = adapters[index] if adapters else None
+            hidden = block(hidden, layout, rotary, cache, own)
+        return hidden
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """``(N, K)`` of the linear layers of a block, by role."""
+        return {role: shape for role, (_, shape, _) in self.architecture.linears().items()}
 
     def _final_norm(self, y: torch.Tensor) -> torch.Tensor:
         return rms_norm(y, self.norm, self.architecture.eps)

@@ -15,7 +15,7 @@ from ladder_kernels.ops.nf4_swiglu import nf4_swiglu
 from ladder_kernels.ops.nf4_swiglu_int8 import nf4_swiglu_int8
 from ladder_kernels.ops.ranged_attention import ranged_attention
 from ladder_kernels.ops.rms_norm import rms_norm
-from ladder_kernels.ops.rotary import rotary_
+from ladder_kernels.ops.rotary import rotary, rotary_
 from ladder_kernels.ops.rung_merge import rung_merge
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "nf4_swiglu_int8",
     "ranged_attention",
     "rms_norm",
+    "rotary",
     "rotary_",
     "rung_merge",
     "set_backend",

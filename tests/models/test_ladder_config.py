@@ -102,7 +102,9 @@ def test_refused_options(options: dict[str, Any], message: str):
 
 def test_a_tap_above_the_backbone_is_refused():
     config = LadderConfig(rungs=((1,), (2, 9)))
-    with pytest.raises(ConfigError, match=r"rungs\[1\]: found 9; the backbone's taps are 0 to 3"):
+    with pytest.raises(
+        ConfigError, match=r"rungs\[1\]: found 9; the taps that it can have are 0 to 3"
+    ):
         config.resolve(3)
 
 

@@ -24,6 +24,7 @@ OPERATORS = [
     "rms_norm",
     "add_rms_norm",
     "rms_norm_backward",
+    "rotary",
     "rotary_",
     "rung_merge",
     "rung_merge_backward",
@@ -90,6 +91,14 @@ def samples(operator, dtype, grad):
         yield c(2, 5, 4, 8), c(2, 5, 2, 8), c(1, 5, 1, 4), c(1, 5, 1, 4)
         yield c(2, 4, 5, 8).transpose(1, 2), c(2, 5, 2, 8), c(2, 5, 1, 4), c(2, 5, 1, 4)
         yield c(1, 0, 4, 8), c(1, 0, 2, 8), c(1, 0, 1, 4), c(1, 0, 1, 4)
+    elif operator == "rotary":
+        yield t(2, 5, 4, 8), t(2, 5, 2, 8), c(1, 5, 1, 4), c(1, 5, 1, 4)
+        yield (
+            c(2, 4, 5, 8).transpose(1, 2).requires_grad_(grad),
+            t(2, 5, 2, 8),
+            *(c(2, 5, 1, 4), c(2, 5, 1, 4)),
+        )
+        yield t(1, 0, 4, 8), t(1, 0, 2, 8), c(1, 0, 1, 4), c(1, 0, 1, 4)
     elif operator == "rung_merge":
         yield t(2, 3, 4), [c(2, 3, 6)], [t(4, 6)], None, "sum", 1e-6
         yield t(5, 4), [c(5, 6), c(5, 7)], [t(4, 6), t(4, 7)], t(1), "gate", 1e-6

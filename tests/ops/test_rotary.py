@@ -104,6 +104,30 @@ def test_under_inference_mode_and_outside(backend):
             check(ops.rotary_, q, k, *tables(1, 3, 4, torch.float32))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_differentiable_one_has_the_same_bits_and_leaves_its_inputs(backend, dtype):
+    q, k = torch.randn(2, 5, 4, 8).to(dtype), torch.randn(2, 5, 2, 8).to(dtype)
+    cos, sin = tables(2, 5, 4, dtype)
+    kept = q.clone(), k.clone()
+    with ops.use_backend(backend):
+        turned = ops.rotary(q, k, cos, sin)
+        assert torch.equal(q, kept[0])
+        assert torch.equal(k, kept[1])
+        ops.rotary_(q, k, cos, sin)
+    assert torch.equal(turned[0], q)
+    assert torch.equal(turned[1], k)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradient(backend):
+    q = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 3, 1, 4, dtype=torch.float64, requires_grad=True)
+    cos, sin = tables(2, 3, 2, torch.float64)
+    with ops.use_backend(backend):
+        assert torch.autograd.gradcheck(lambda q, k: ops.rotary(q, k, cos, sin), (q, k))
+
+
 def test_compiled():
     torch._dynamo.reset()
 

@@ -1,14 +1,20 @@
-"""Rotary position embeddings, in place: what the frozen pass does to queries and keys."""
+"""Rotary position embeddings: what a backbone does to queries and keys.
+
+In place for the frozen pass, and differentiable for the layers above a re-entry. Turning is
+orthogonal, so the gradient is the gradient turned back.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ladder_kernels.ops import _checks
-from ladder_kernels.ops._dispatch import run
+from ladder_kernels.ops._dispatch import register_autograd, run
 
-__all__ = ["rotary_"]
+__all__ = ["rotary", "rotary_"]
 
 _OP = "rotary_"
 
@@ -30,26 +36,50 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         ConfigError: a shape, dtype or device does not fit.
         BackendError: a backend forced by name cannot run this call.
     """
-    _checks.check_floating(_OP, "q", q)
+    _check(_OP, q, k, cos, sin)
+    _rotary(q, k, cos, sin)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each head of queries and keys by its token's position, by the bits of :func:`rotary_`.
+
+    Args:
+        q: ``[B, S, H, hd]``, float16, bfloat16, float32 or float64, ``hd`` even.
+        k: ``[B, S, Hkv, hd]`` in q's dtype.
+        cos: Cosines, ``[B or 1, S, 1, hd / 2]`` in q's dtype; constants.
+        sin: Sines, as ``cos``.
+
+    Returns:
+        The turned ``q`` and ``k``, differentiable in both.
+
+    Raises:
+        ConfigError: a shape, dtype or device does not fit.
+        BackendError: a backend forced by name cannot run this call.
+    """
+    _check("rotary", q, k, cos, sin)
+    return _turned(q, k, cos, sin)
+
+
+def _check(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _checks.check_floating(op, "q", q)
     if q.dim() != 4 or q.shape[-1] % 2:
         raise _checks.refuse(
-            _OP, "q", f"has shape {list(q.shape)}", "it must be [B, S, H, hd], hd even"
+            op, "q", f"has shape {list(q.shape)}", "it must be [B, S, H, hd], hd even"
         )
     batch, length, _, width = q.shape
     for name, value in (("k", k), ("cos", cos), ("sin", sin)):
-        _checks.check_same_dtype(_OP, name, value, "q", q)
-        _checks.check_same_device(_OP, name, value, "q", q)
+        _checks.check_same_dtype(op, name, value, "q", q)
+        _checks.check_same_device(op, name, value, "q", q)
     if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, length, width):
         raise _checks.refuse(
-            _OP,
+            op,
             "k",
             f"has shape {list(k.shape)}",
             f"it must be [{batch}, {length}, 'Hkv', {width}]",
         )
     rows = 1 if cos.dim() > 0 and cos.shape[0] == 1 else batch
-    _checks.check_shape(_OP, "cos", cos, (rows, length, 1, width // 2), "B or 1, S, 1, hd / 2")
-    _checks.check_shape(_OP, "sin", sin, cos.shape, "the shape of cos")
-    _rotary(q, k, cos, sin)
+    _checks.check_shape(op, "cos", cos, (rows, length, 1, width // 2), "B or 1, S, 1, hd / 2")
+    _checks.check_shape(op, "sin", sin, cos.shape, "the shape of cos")
 
 
 @torch.library.custom_op(
@@ -64,3 +94,34 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 @_rotary.register_fake
 def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None
+
+
+@torch.library.custom_op(
+    "ladder_kernels::rotary",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+)
+def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    out = (
+        q.clone(memory_format=torch.contiguous_format),
+        k.clone(memory_format=torch.contiguous_format),
+    )
+    run("rotary", "rotary_", *out, cos, sin)
+    return out
+
+
+@_turned.register_fake
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return (*_turned(grad_q, grad_k, cos, -sin), None, None)
+
+
+register_autograd(_turned, _backward, setup_context=_setup)
