@@ -131,9 +131,11 @@ class WeightReader:
         self._digests[name] = digest_nf4(weight)
         return weight.to(self.device)
 
-    def _quantize(self, name: str, tensor: torch.Tensor) -> NF4Weight:
+    def _quantize(self, name: str, tensor: torch.Tensor, moments: torch.Tensor | None) -> NF4Weight:
         settings = self.quantization
-        return quantize_nf4(tensor, settings.blocksize, settings.double_quant, name=name)
+        if moments is not None:
+            tensor = tensor.to(moments.device)  # where it is worked on for long
+        return quantize_nf4(tensor, settings.blocksize, settings.double_quant, moments, name=name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor that stays float, copied, in the compute dtype and on the device."""
@@ -145,7 +147,12 @@ class WeightReader:
         return self._keep(name, value)
 
     def linear(
-        self, prefix: str, *, bias: bool, transposed: bool = False
+        self,
+        prefix: str,
+        *,
+        bias: bool,
+        transposed: bool = False,
+        moments: torch.Tensor | None = None,
     ) -> NF4Linear | FrozenLinear:
         """A linear layer, quantised unless the source keeps it in float on purpose.
 
@@ -153,6 +160,8 @@ class WeightReader:
             prefix: Name without ``.weight`` and ``.bias``.
             bias: Whether it has one.
             transposed: Whether a float source stores ``[K, N]`` (a ``Conv1D`` of transformers).
+            moments: Second moments of its inputs, to be quantised for: ``calibration`` of
+                :func:`~ladder_kernels.nf4.quantize_nf4`.
         """
         name = f"{prefix}.weight"
         offset = self.tensor(f"{prefix}.bias") if bias else None
@@ -164,10 +173,16 @@ class WeightReader:
         value = value.t() if transposed else value
         if self.source.prequantized:
             return FrozenLinear(self._keep(name, value), offset)
-        return NF4Linear(self._keep_nf4(name, self._quantize(name, value.contiguous())), offset)
+        value = self._quantize(name, value.contiguous(), moments)
+        return NF4Linear(self._keep_nf4(name, value), offset)
 
     def head(
-        self, name: str, *, shared_with: str | None, quantize: bool
+        self,
+        name: str,
+        *,
+        shared_with: str | None,
+        quantize: bool,
+        moments: torch.Tensor | None = None,
     ) -> torch.Tensor | NF4Weight | None:
         """The output head.
 
@@ -175,6 +190,7 @@ class WeightReader:
             name: Of its tensor.
             shared_with: Name of the embedding when they are tied.
             quantize: Whether a float head shall be quantised.
+            moments: As for :meth:`linear`.
 
         Returns:
             ``[V, D]``, or ``None`` for a head that is the embedding itself.
@@ -186,7 +202,7 @@ class WeightReader:
         if isinstance(value, torch.Tensor):
             if not quantize:
                 return self._keep(name, value)
-            value = self._quantize(name, value)
+            value = self._quantize(name, value, moments)
         else:
             self._check_shape(name, value.shape, self._shapes[source_name])
         return self._keep_nf4(name, value)
