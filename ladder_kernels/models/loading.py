@@ -31,6 +31,7 @@ __all__ = [
     "backbone_from_transformers",
     "default_dtype",
     "load_backbone",
+    "load_config",
 ]
 
 SUPPORTED_NATIVE: tuple[str, ...] = tuple(sorted(FAMILIES))
@@ -88,14 +89,26 @@ def load_backbone(
     """
     place = torch.device(device or "cpu")
     settings = Quantization(blocksize, double_quant, quantize_head, calibration is not None)
-    path = _resolve(str(name_or_path), gguf_file)
+    config, source = _open(str(name_or_path), gguf_file)
+    return _build(config, source, settings, dtype, place, str(name_or_path), calibration)
+
+
+def load_config(name_or_path: str | Path, *, gguf_file: str | None = None) -> Any:
+    """The transformers configuration of a model, without its weights.
+
+    Arguments and errors are those of :func:`load_backbone`.
+    """
+    return _open(str(name_or_path), gguf_file)[0]
+
+
+def _open(name: str, gguf_file: str | None) -> tuple[Any, TensorSource]:
+    """The configuration of a model, and where its tensors are."""
+    path = _resolve(name, gguf_file)
     if gguf_file is not None or path.is_file():
         gguf_source = GGUFSource(path)
-        config, source = gguf_source.config, gguf_source
-    else:
-        config, prequantized = _read_config(path)
-        source = SafetensorsSource(path, prequantized=prequantized)
-    return _build(config, source, settings, dtype, place, str(name_or_path), calibration)
+        return gguf_source.config, gguf_source
+    config, prequantized = _read_config(path)
+    return config, SafetensorsSource(path, prequantized=prequantized)
 
 
 def backbone_from_transformers(
