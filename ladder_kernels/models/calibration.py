@@ -1,14 +1,17 @@
-"""A few texts on their way through a backbone that is being quantised.
+"""A few texts on their way through a backbone that is being quantised, and through it in float.
 
 Each linear layer is quantised for the inputs that it will have (GPTQ, arXiv:2210.17323): those that
 the texts give behind the layers quantised before it, block by block, and within a block queries,
-keys and values first, then the attention's output, then gate and up, then down. Only the matrix at
-hand is ever held in float.
+keys and values first, then the attention's output, then gate and up, then down. And it is made to
+give, from these, what the float layer gives from the inputs of the float model (GPTAQ,
+arXiv:2504.02692), so that errors of earlier layers are made up for as far as can be. One block is
+held in float at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +21,52 @@ from ladder_kernels.errors import ConfigError
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.rotary import Rotary
 
-__all__ = ["CalibratedBlock", "CalibrationPass", "check_rows", "second_moments"]
+__all__ = ["CalibratedBlock", "CalibrationPass", "LayerInputs", "check_rows"]
+
+
+RIDGE = 0.1
+"""Added to the diagonal of the second moments, as a share of its mean, when a layer is fitted to
+the float model: what holds it near its own weight where the texts say little."""
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What is known of the inputs of layers that are quantised next.
+
+    Attributes:
+        moments: ``sum x x^T``, float32 ``[K, K]``, of the inputs ``x`` in the quantised model.
+        shift: float32 ``[K, K]``: with ``W (1 + shift)``, inputs ``x`` give most nearly what ``W``
+            gives for the inputs of the float model.
+    """
+
+    moments: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> LayerInputs:
+        """From the same tokens' inputs ``[..., K]`` in the quantised and in the float model.
+
+        ``shift`` is ``D inv(H + ridge)``, ``D = sum (f - x) x^T`` and ``H = sum x x^T``: least
+        squares of ``W f - V x``, in which ``V`` is held near ``W``.
+        """
+        size = inputs[0].shape[-1]
+        moments = torch.zeros(size, size, dtype=torch.float32, device=inputs[0].device)
+        drift = torch.zeros_like(moments)
+        for tensor, other in zip(inputs, wanted, strict=True):
+            x, f = (each.reshape(-1, size).float() for each in (tensor, other))
+            moments.addmm_(x.t(), x)
+            drift.addmm_((f - x).t(), x)
+        damped = moments.double()
+        mean = damped.diagonal().mean()
+        damped.diagonal().add_(torch.where(mean > 0, RIDGE * mean, 1.0))
+        factor = torch.linalg.cholesky(damped)
+        shift = torch.cholesky_solve(drift.t().double(), factor).t().float()
+        return cls(moments, shift)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The matrix to be quantised in a weight's place: ``W (1 + shift)``, in its dtype."""
+        wide = weight.float()
+        return torch.addmm(wide, wide, self.shift).to(weight.dtype)
 
 
 class CalibratedBlock(Protocol):
@@ -98,10 +146,10 @@ def _checked(
 
 
 class CalibrationPass:
-    """Some texts' states on their way up: at first the embeddings.
+    """Some texts' states on their way up, quantised and in float: at first the embeddings.
 
-    For each of the ``T`` tokens of all texts, ``D`` numbers of the compute dtype are held, and in a
-    block those that one of its layers reads.
+    For each of the ``T`` tokens of all texts, ``2 D`` numbers of the compute dtype are held, and in
+    a block twice those that one of its layers reads.
 
     Args:
         rows: Token ids, int64 ``[S]`` each; see :func:`check_rows`.
@@ -110,6 +158,7 @@ class CalibrationPass:
 
     Attributes:
         hidden: The residual stream of each text, ``[1, S, D]``.
+        exact: The same of the float model.
     """
 
     def __init__(self, rows: Sequence[Tensor], embedding: Tensor, rotary: Rotary) -> None:
@@ -119,49 +168,48 @@ class CalibrationPass:
         self.hidden = [
             torch.nn.functional.embedding(row.to(device)[None], embedding) for row in rows
         ]
+        self.exact = list(self.hidden)
 
     # Not under inference mode, as the frozen pass: what is made here stays, as the model's weights.
     @torch.no_grad()
-    def advance(self, block: CalibratedBlock, load: Callable[[str, Tensor], None]) -> None:
+    def advance(
+        self,
+        block: CalibratedBlock,
+        twin: CalibratedBlock,
+        load: Callable[[str, LayerInputs], None],
+    ) -> None:
         """Go through a block, whose layers are loaded on the way.
 
         Args:
             block: With its norms, and no layers yet.
+            twin: The same block in float.
             load: Loads the layer of a role (``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``)
-                and quantises it for inputs of the given second moments.
+                and quantises it for its inputs.
         """
-        hidden = self.hidden
-        with torch.autocast(hidden[0].device.type, enabled=False):
-            x = [block.attention_input(state) for state in hidden]
-            self._load(("q", "k", "v"), x, load)
-            for index, layout in enumerate(self._layouts):
-                rotary = self._rotary(layout.position_ids, x[index].dtype)
-                x[index] = block.attention(x[index], layout, rotary, None)
-            self._load(("o",), x, load)
-            for index, state in enumerate(x):
-                hidden[index] = block.o(state, hidden[index])
-                x[index] = block.mlp_input(hidden[index])
-            self._load(("gate", "up"), x, load)
-            for index, state in enumerate(x):
-                x[index] = block.gated(state)
-            self._load(("down",), x, load)
-            for index, state in enumerate(x):
-                hidden[index] = block.down(state, hidden[index])
+        with torch.autocast(self.hidden[0].device.type, enabled=False):
+            streams = ((block, self.hidden), (twin, self.exact))
+            x, f = ([part.attention_input(h) for h in hidden] for part, hidden in streams)
 
-    @staticmethod
-    def _load(
-        roles: Sequence[str], inputs: Sequence[Tensor], load: Callable[[str, Tensor], None]
-    ) -> None:
-        moments = second_moments(inputs)
-        for role in roles:
-            load(role, moments)
+            def load_all(*roles: str) -> None:
+                inputs = LayerInputs.of(x, f)
+                for role in roles:
+                    load(role, inputs)
 
-
-def second_moments(inputs: Sequence[Tensor]) -> Tensor:
-    """``sum x x^T`` over all vectors ``x`` of some tensors ``[..., K]``: float32 ``[K, K]``."""
-    size = inputs[0].shape[-1]
-    total = torch.zeros(size, size, dtype=torch.float32, device=inputs[0].device)
-    for tensor in inputs:
-        vectors = tensor.reshape(-1, size).float()
-        total.addmm_(vectors.t(), vectors)
-    return total
+            load_all("q", "k", "v")
+            for (part, _), states in zip(streams, (x, f), strict=True):
+                for index, layout in enumerate(self._layouts):
+                    rotary = self._rotary(layout.position_ids, states[index].dtype)
+                    states[index] = part.attention(states[index], layout, rotary, None)
+            load_all("o")
+            for (part, hidden), states in zip(streams, (x, f), strict=True):
+                for index, state in enumerate(states):
+                    hidden[index] = part.o(state, hidden[index])
+                    states[index] = part.mlp_input(hidden[index])
+            load_all("gate", "up")
+            for (part, _), states in zip(streams, (x, f), strict=True):
+                for index, state in enumerate(states):
+                    states[index] = part.gated(state)
+            load_all("down")
+            for (part, hidden), states in zip(streams, (x, f), strict=True):
+                for index, state in enumerate(states):
+                    hidden[index] = part.down(state, hidden[index])

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from ladder_kernels.models.architecture import Architecture
 from ladder_kernels.models.backbone import Backbone, Quantization
-from ladder_kernels.models.calibration import CalibrationPass, second_moments
+from ladder_kernels.models.calibration import CalibrationPass, LayerInputs
 from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.attention import SequenceLayout, attend
@@ -67,15 +67,16 @@ class NativeBlock(nn.Module):
         self.fused = architecture.activation == "silu" and not architecture.mlp_bias
         linears = architecture.linears()
 
-        def load(role: str, moments: torch.Tensor | None = None) -> None:
+        def load(role: str, inputs: LayerInputs | None = None) -> None:
             name, _, bias = linears[role]
-            self.add_module(role, reader.linear(prefix + name, bias=bias, moments=moments))
+            self.add_module(role, reader.linear(prefix + name, bias=bias, inputs=inputs))
 
         if calibration is None:
             for role in linears:
                 load(role)
         else:
-            calibration.advance(self, load)
+            twin = NativeBlock(architecture, layer, reader.in_float())
+            calibration.advance(self, twin, load)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -177,15 +178,18 @@ class NativeBackbone(Backbone):
             for layer in range(architecture.num_layers)
         )
         self.register_buffer("norm", reader.tensor("model.norm.weight"), persistent=False)
-        moments = None
+        inputs = None
         if texts is not None and quantization.quantize_head:
-            moments = second_moments([self.final_norm(state) for state in texts.hidden])
+            states = [
+                [self.final_norm(h) for h in hidden] for hidden in (texts.hidden, texts.exact)
+            ]
+            inputs = LayerInputs.of(*states)
         # A head that shares the embedding is quantised from it as it is stored.
         head = reader.head(
             "lm_head.weight",
             shared_with="model.embed_tokens.weight" if tied else None,
             quantize=quantization.quantize_head,
-            moments=moments,
+            inputs=inputs,
         )
         self.nf4_head = NF4Linear(head) if isinstance(head, NF4Weight) else None
         self.register_buffer(
