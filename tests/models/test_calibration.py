@@ -126,8 +126,8 @@ def test_a_head_is_calibrated_too(folder: Path, logits: Any):
     errors = [(logits(backbone, unseen) - wanted).square().sum() for backbone in (nearest, ours)]
     assert errors[1] < 0.6 * errors[0]
     body = load_backbone(folder, calibration=CALIBRATION)
-    with_head = {name: tensor for name, tensor in weights(ours).items() if "lm_head" not in name}
-    assert all(torch.equal(weights(body)[name], tensor) for name, tensor in with_head.items())
+    others = {name: tensor for name, tensor in weights(ours).items() if "lm_head" not in name}
+    assert all(torch.equal(weights(body)[name], tensor) for name, tensor in others.items())
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
