@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,21 @@ def test_transformers_reads_a_saved_one(calibrated: Any, tmp_path: Path, exact: 
     with torch.no_grad():
         wanted = exact(theirs.eval()).model(tokens, use_cache=False).last_hidden_state
     assert error(last_states(calibrated, CALIBRATION[:2]), wanted) < 1e-5
+
+
+def test_one_block_is_in_float_at_a_time(tmp_path: Path, make: Any, live_floats: Any):
+    peaks, sizes = [], []
+    for layers in (2, 5):
+        model = make("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=layers)
+        sizes.append(sum(p.numel() * 4 for p in model.model.layers.parameters()))
+        model.save_pretrained(tmp_path / str(layers))
+        del model
+        gc.collect()
+        with live_floats() as floats:
+            load_backbone(tmp_path / str(layers), calibration=CALIBRATION[:2])
+        peaks.append(floats.peak)
+    # Norms and scales of the further layers stay.
+    assert peaks[1] - peaks[0] < 0.05 * (sizes[1] - sizes[0])
 
 
 def test_hooked_backbones_refuse(tmp_path: Path, make: Any):
