@@ -20,6 +20,7 @@ __all__ = [
     "bytes_of",
     "commit",
     "device_name",
+    "perplexities",
     "report",
     "seconds",
     "table",
@@ -92,6 +93,12 @@ def bytes_of(measured: Mapping[str, int], *packages: str, **about: str) -> list[
     """Rows of bytes by candidate; arguments as of :func:`seconds`."""
     figures = {name: (number, number, number) for name, number in measured.items()}
     return _measured("bytes", figures, *packages, **about)
+
+
+def perplexities(measured: Mapping[str, float], *packages: str, **about: str) -> list[Row]:
+    """Rows of perplexities by candidate; arguments as of :func:`seconds`."""
+    figures = {name: (number, number, number) for name, number in measured.items()}
+    return _measured("perplexity", figures, *packages, **about)
 
 
 def _measured(

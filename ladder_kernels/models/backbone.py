@@ -34,11 +34,14 @@ class Quantization:
             quantised keep their own.
         double_quant: Whether the scales are themselves quantised.
         quantize_head: Whether the output head is NF4 too.
+        calibrated: Whether they were rounded for the inputs that some texts gave. Another machine
+            may round a few otherwise: such a base is known by its weights, not by how it was made.
     """
 
     blocksize: int = 64
     double_quant: bool = True
     quantize_head: bool = False
+    calibrated: bool = False
 
 
 @dataclass

@@ -394,8 +394,9 @@ class LadderModelConfig(PreTrainedConfig):
         base_name_or_path: Where the base comes from: hub name or path, as it was given.
         base_fingerprint: Of the base's weights, see
             :class:`~ladder_kernels.models.backbone.Backbone`.
-        base_quantization: ``blocksize``, ``double_quant``, ``quantize_head`` and, for a base in a
-            GGUF file, ``gguf_file``: how the base was made from ``base_name_or_path``.
+        base_quantization: ``blocksize``, ``double_quant``, ``quantize_head``, ``calibrated`` and,
+            for a base in a GGUF file, ``gguf_file``: how the base was made from
+            ``base_name_or_path``.
         tap_dtype: Name of the dtype that taps are kept in.
         activations: How the backbone's quantised layers take their inputs in the frozen pass:
             "exact" or "int8".

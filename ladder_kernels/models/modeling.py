@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         double_quant: bool | None = None,
         quantize_head: bool | None = None,
         gguf_file: str | None = None,
+        calibration: Sequence[Sequence[int] | torch.Tensor] | None = None,
         base: str | os.PathLike[str] | Backbone | None = None,
         revision: str | None = None,
         config: LadderModelConfig | None = None,
@@ -170,6 +171,10 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             double_quant: Whether the scales are quantised too. Default true, or as above.
             quantize_head: Whether the output head is quantised too. Default false, or as above.
             gguf_file: Name of a GGUF file in the folder or repository.
+            calibration: Token ids of some texts, which the base's weights are quantised for; see
+                :func:`~ladder_kernels.models.loading.load_backbone`. Saved ladders name a base that
+                can be loaded again, so save it first (``ladder-kernels quantize``) and give that
+                folder here instead.
             base: For a saved ladder: where its base is, or the loaded base, when it is no longer at
                 the place that the ladder names. A relative path that the ladder names is looked up
                 from the working directory, then from the ladder's folder.
@@ -198,6 +203,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             "double_quant": double_quant,
             "quantize_head": quantize_head,
             "gguf_file": gguf_file,
+            "calibration": calibration,
         }
         saved = pretrained.find_saved_ladder(name, revision) if gguf_file is None else None
         if saved is None:

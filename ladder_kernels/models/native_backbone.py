@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from ladder_kernels.models.architecture import Architecture
 from ladder_kernels.models.backbone import Backbone, Quantization
+from ladder_kernels.models.calibration import CalibrationPass, LayerInputs
 from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
@@ -32,6 +33,7 @@ class NativeBlock(nn.Module):
         architecture: Of the model.
         layer: Index of the block, from 0; also its layer in a cache.
         reader: Where the weights come from.
+        calibration: Texts that have come so far: the layers are quantised for them, and they go on.
     """
 
     q: Linear
@@ -46,7 +48,13 @@ class NativeBlock(nn.Module):
     q_norm: torch.Tensor
     k_norm: torch.Tensor
 
-    def __init__(self, architecture: Architecture, layer: int, reader: WeightReader) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        layer: int,
+        reader: WeightReader,
+        calibration: CalibrationPass | None = None,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = architecture.head_dim
@@ -55,12 +63,22 @@ class NativeBlock(nn.Module):
         self.window = architecture.windows[layer]
         self.rope = architecture.rope[layer]
         prefix = f"model.layers.{layer}."
-        for role, (name, _, bias) in architecture.linears().items():
-            self.add_module(role, reader.linear(prefix + name, bias=bias))
         for role, (name, _) in architecture.norms().items():
             self.register_buffer(role, reader.tensor(f"{prefix}{name}.weight"), persistent=False)
         self.activation = ACT2FN[architecture.activation]
         self.fused = architecture.activation == "silu" and not architecture.mlp_bias
+        linears = architecture.linears()
+
+        def load(role: str, inputs: LayerInputs | None = None) -> None:
+            name, _, bias = linears[role]
+            self.add_module(role, reader.linear(prefix + name, bias=bias, inputs=inputs))
+
+        if calibration is None:
+            for role in linears:
+                load(role)
+        else:
+            twin = NativeBlock(architecture, layer, reader.in_float())
+            calibration.advance(self, twin, load)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -86,13 +104,35 @@ class NativeBlock(nn.Module):
             The residual stream after the block, ``[B, S, D]``; differentiable in ``hidden`` and the
             adapters, where gradients are enabled.
         """
+        x = self.attention(self.attention_input(hidden), layout, rotary, cache, adapters)
+        hidden = self._linear("o", x, hidden, adapters)
+        x = self.gated(self.mlp_input(hidden), adapters)
+        return self._linear("down", x, hidden, adapters)
 
-        def linear(role: str, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-            y = getattr(self, role)(x, residual)
-            return y if adapters is None else adapters.add(role, x, y)
+    def _linear(
+        self,
+        role: str,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        adapters: BlockAdapters | None = None,
+    ) -> torch.Tensor:
+        y = getattr(self, role)(x, residual)
+        return y if adapters is None else adapters.add(role, x, y)
 
-        x = rms_norm(hidden, self.input_norm, self.eps)
-        q, k, v = (self._heads(linear(role, x)) for role in ("q", "k", "v"))
+    def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What queries, keys and values are made of, ``[B, S, D]``."""
+        return rms_norm(hidden, self.input_norm, self.eps)
+
+    def attention(
+        self,
+        x: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+        adapters: BlockAdapters | None = None,
+    ) -> torch.Tensor:
+        """What the attention's output projection reads, ``[B, S, heads * head_dim]``."""
+        q, k, v = (self._heads(self._linear(role, x, None, adapters)) for role in ("q", "k", "v"))
         if self.qk_norm:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         if self.rope and (q.requires_grad or k.requires_grad):
@@ -102,10 +142,14 @@ class NativeBlock(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        x = attend(q, k, v, layout, window=self.window)
-        del q, k, v
-        hidden = linear("o", x, hidden)
-        x = rms_norm(hidden, self.post_norm, self.eps)
+        return attend(q, k, v, layout, window=self.window)
+
+    def mlp_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What gate and up read, ``[B, S, D]``."""
+        return rms_norm(hidden, self.post_norm, self.eps)
+
+    def gated(self, x: torch.Tensor, adapters: BlockAdapters | None = None) -> torch.Tensor:
+        """What the down projection reads, ``[B, S, intermediate_size]``."""
         if (
             self.fused
             and adapters is None
@@ -113,10 +157,9 @@ class NativeBlock(nn.Module):
             and isinstance(self.up, NF4Linear)
         ):
             swiglu = nf4_swiglu_int8 if self.gate.activations == "int8" else nf4_swiglu
-            x = swiglu(x, self.gate.weight, self.up.weight)
-        else:
-            x = self.activation(linear("gate", x)) * linear("up", x)
-        return linear("down", x, hidden)
+            return swiglu(x, self.gate.weight, self.up.weight)
+        gate, up = (self._linear(role, x, None, adapters) for role in ("gate", "up"))
+        return self.activation(gate) * up
 
 
 class NativeBackbone(Backbone):
@@ -128,6 +171,7 @@ class NativeBackbone(Backbone):
         reader: Where the weights come from.
         quantization: How they are quantised.
         name_or_path: Where the base came from, as the user gave it.
+        calibration: Token ids of texts, int64 ``[S]`` each, that the layers are quantised for.
     """
 
     runs_on: ClassVar[str] = "ladder_kernels"
@@ -144,26 +188,38 @@ class NativeBackbone(Backbone):
         *,
         quantization: Quantization,
         name_or_path: str = "",
+        calibration: Sequence[torch.Tensor] | None = None,
     ) -> None:
         super().__init__(config, quantization=quantization, name_or_path=name_or_path)
         self.architecture = architecture
         self.rotary = Rotary(config, architecture.head_dim)
         tied = bool(config.tie_word_embeddings)
-        # Read first: a head that shares the embedding is quantised from it as it is stored.
+        self.register_buffer("embed", reader.tensor("model.embed_tokens.weight"), persistent=False)
+        texts = None
+        if calibration is not None:
+            texts = CalibrationPass(calibration, self.embed, self.rotary)
+        self.blocks = nn.ModuleList(
+            NativeBlock(architecture, layer, reader, texts)
+            for layer in range(architecture.num_layers)
+        )
+        self.register_buffer("norm", reader.tensor("model.norm.weight"), persistent=False)
+        inputs = None
+        if texts is not None and quantization.quantize_head:
+            states = [
+                [self.final_norm(h) for h in hidden] for hidden in (texts.hidden, texts.exact)
+            ]
+            inputs = LayerInputs.of(*states)
+        # A head that shares the embedding is quantised from it as it is stored.
         head = reader.head(
             "lm_head.weight",
             shared_with="model.embed_tokens.weight" if tied else None,
             quantize=quantization.quantize_head,
+            inputs=inputs,
         )
-        self.register_buffer("embed", reader.tensor("model.embed_tokens.weight"), persistent=False)
         self.nf4_head = NF4Linear(head) if isinstance(head, NF4Weight) else None
         self.register_buffer(
             "float_head", head if isinstance(head, torch.Tensor) else None, persistent=False
         )
-        self.blocks = nn.ModuleList(
-            NativeBlock(architecture, layer, reader) for layer in range(architecture.num_layers)
-        )
-        self.register_buffer("norm", reader.tensor("model.norm.weight"), persistent=False)
         self.fingerprint = reader.fingerprint({"llama_family": architecture.fingerprint()})
 
     @property

@@ -166,7 +166,8 @@ def load_base_of(
     """The backbone of a saved ladder: as it names it, or ``base`` instead.
 
     Raises:
-        ConfigError: If the ladder names none and none is given.
+        ConfigError: If the ladder names none, or one that was calibrated in memory, and none is
+            given.
     """
     if isinstance(base, Backbone):
         return base
@@ -174,6 +175,9 @@ def load_base_of(
         raise ConfigError(
             "base: this ladder was saved from a base in memory and names none; give base=..."
         )
+    calibrated = config.base_quantization.get("calibrated", False)
+    if base is None and calibrated and quantization.get("calibration") is None:
+        raise ConfigError(f"base: {_about_calibrated(config)}")
     options = {
         key: config.base_quantization.get(key) if value is None else value
         for key, value in quantization.items()
@@ -187,6 +191,15 @@ def load_base_of(
     return load_base(name, dtype, device, options)
 
 
+def _about_calibrated(config: LadderModelConfig) -> str:
+    """How to find the base of a ladder that was calibrated while it was loaded."""
+    return (
+        f"this ladder was trained on {config.base_name_or_path} as calibrated in memory, which "
+        "another load does not repeat; save such a base before training, by 'ladder-kernels "
+        "quantize' or backbone.save_pretrained(folder), and give that folder as base"
+    )
+
+
 def check_fingerprint(name: str, config: LadderModelConfig, backbone: Backbone) -> None:
     """Refuse a base that is not the one that a saved ladder was trained on.
 
@@ -194,6 +207,11 @@ def check_fingerprint(name: str, config: LadderModelConfig, backbone: Backbone) 
         BaseMismatchError: Naming both.
     """
     if backbone.fingerprint != config.base_fingerprint:
+        if config.base_quantization.get("calibrated", False):
+            raise BaseMismatchError(
+                f"{name}: found another base (fingerprint {backbone.fingerprint[:12]}, not "
+                f"{config.base_fingerprint[:12]}): {_about_calibrated(config)}"
+            )
         trained_on = config.base_name_or_path or "a base in memory"
         found = backbone.name_or_path or "a base in memory"
         raise BaseMismatchError(

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +21,25 @@ from ladder_kernels.nf4.checkpoint import to_state_dict
 if TYPE_CHECKING:
     from ladder_kernels.models.backbone import Backbone
 
-__all__ = ["new_folder", "save_backbone"]
+__all__ = ["Saves", "check_is_new", "new_folder", "save_backbone"]
+
+
+class Saves(Protocol):
+    """What writes files of its own into a folder: tokenizers, configurations of transformers."""
+
+    def save_pretrained(self, save_directory: Any, /) -> Any:
+        """Write the files."""
+        ...
+
+
+def check_is_new(folder: Path) -> None:
+    """Refuse a folder that something would be lost or mixed in.
+
+    Raises:
+        OutputExistsError: If it is a file or a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputExistsError(f"'{folder}' exists already and is not an empty folder")
 
 
 @contextmanager
@@ -37,8 +55,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OutputExistsError: If it is a file or a folder that is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputExistsError(f"'{folder}' exists already and is not an empty folder")
+    check_is_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(beside, ignore_errors=True)
@@ -53,12 +70,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def save_backbone(backbone: Backbone, folder: Path) -> None:
+def save_backbone(backbone: Backbone, folder: Path, *others: Saves) -> None:
     """Write ``config.json`` and ``model.safetensors`` into a new folder.
 
     Args:
         backbone: To be saved.
         folder: To be made; an empty folder may exist.
+        others: What else belongs to the model and goes into the folder: its tokenizer and so on.
 
     Raises:
         OutputExistsError: If the folder exists and is not empty.
@@ -92,3 +110,5 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
     with new_folder(folder) as beside:
         config.save_pretrained(beside)
         save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        for other in others:
+            other.save_pretrained(beside)

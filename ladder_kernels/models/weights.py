@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import torch
 
 from ladder_kernels.errors import CheckpointError
 from ladder_kernels.models.backbone import Quantization
+from ladder_kernels.models.calibration import LayerInputs
 from ladder_kernels.models.fingerprint import combine, digest_float, digest_nf4
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
@@ -81,6 +83,7 @@ class WeightReader:
         self.dtype = dtype
         self.device = device
         self._digests: dict[str, bytes] = {}
+        self._in_float = False
         found = source.shapes()
         self._names: dict[str, str] = {}
         for name in shapes:
@@ -131,9 +134,20 @@ class WeightReader:
         self._digests[name] = digest_nf4(weight)
         return weight.to(self.device)
 
-    def _quantize(self, name: str, tensor: torch.Tensor) -> NF4Weight:
+    def _quantize(self, name: str, tensor: torch.Tensor, inputs: LayerInputs | None) -> NF4Weight:
         settings = self.quantization
-        return quantize_nf4(tensor, settings.blocksize, settings.double_quant, name=name)
+        if inputs is None:
+            return quantize_nf4(tensor, settings.blocksize, settings.double_quant, name=name)
+        tensor = inputs.target(tensor.to(self.device))
+        options = (settings.blocksize, settings.double_quant, inputs.moments)
+        return quantize_nf4(tensor, *options, name=name)
+
+    def in_float(self) -> WeightReader:
+        """A reader of the same weights that quantises none and takes no fingerprint."""
+        other = copy.copy(self)
+        other._digests = {}
+        other._in_float = True
+        return other
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor that stays float, copied, in the compute dtype and on the device."""
@@ -145,7 +159,12 @@ class WeightReader:
         return self._keep(name, value)
 
     def linear(
-        self, prefix: str, *, bias: bool, transposed: bool = False
+        self,
+        prefix: str,
+        *,
+        bias: bool,
+        transposed: bool = False,
+        inputs: LayerInputs | None = None,
     ) -> NF4Linear | FrozenLinear:
         """A linear layer, quantised unless the source keeps it in float on purpose.
 
@@ -153,6 +172,7 @@ class WeightReader:
             prefix: Name without ``.weight`` and ``.bias``.
             bias: Whether it has one.
             transposed: Whether a float source stores ``[K, N]`` (a ``Conv1D`` of transformers).
+            inputs: What it is to be quantised for.
         """
         name = f"{prefix}.weight"
         offset = self.tensor(f"{prefix}.bias") if bias else None
@@ -162,12 +182,18 @@ class WeightReader:
             self._check_shape(name, value.shape, shape[::-1] if transposed else shape)
             return NF4Linear(self._keep_nf4(name, value), offset)
         value = value.t() if transposed else value
-        if self.source.prequantized:
+        if self.source.prequantized or self._in_float:
             return FrozenLinear(self._keep(name, value), offset)
-        return NF4Linear(self._keep_nf4(name, self._quantize(name, value.contiguous())), offset)
+        value = self._quantize(name, value.contiguous(), inputs)
+        return NF4Linear(self._keep_nf4(name, value), offset)
 
     def head(
-        self, name: str, *, shared_with: str | None, quantize: bool
+        self,
+        name: str,
+        *,
+        shared_with: str | None,
+        quantize: bool,
+        inputs: LayerInputs | None = None,
     ) -> torch.Tensor | NF4Weight | None:
         """The output head.
 
@@ -175,6 +201,7 @@ class WeightReader:
             name: Of its tensor.
             shared_with: Name of the embedding when they are tied.
             quantize: Whether a float head shall be quantised.
+            inputs: As for :meth:`linear`.
 
         Returns:
             ``[V, D]``, or ``None`` for a head that is the embedding itself.
@@ -186,7 +213,7 @@ class WeightReader:
         if isinstance(value, torch.Tensor):
             if not quantize:
                 return self._keep(name, value)
-            value = self._quantize(name, value)
+            value = self._quantize(name, value, inputs)
         else:
             self._check_shape(name, value.shape, self._shapes[source_name])
         return self._keep_nf4(name, value)

@@ -26,11 +26,13 @@ __all__ = [
     "GRID_POINTS",
     "NESTED_BLOCKSIZE",
     "QUANTIZABLE",
+    "CentroidSearch",
     "check_blocksize",
     "has_values",
     "mean_of_scales",
     "nearest_code",
     "non_finite",
+    "pack",
     "quantize_absmax",
     "quantize_blocks",
 ]
@@ -90,7 +92,7 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
     blocks = -(-numel // blocksize)
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
-    search = _CentroidSearch(flat.device)
+    search = CentroidSearch(flat.device)
 
     full = numel - numel % blocksize
     size = _CPU_PIECE if flat.device.type == "cpu" else _DEVICE_PIECE
@@ -102,7 +104,7 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
         absmax[start // blocksize : stop // blocksize] = largest
         inverse = 1.0 / largest.clamp(min=_SMALLEST_DIVISOR)
         index = search((values * inverse.view(-1, 1)).view(-1))
-        _pack(index, packed[start // 2 : stop // 2])
+        pack(index, packed[start // 2 : stop // 2])
     if full < numel:
         # The short last block is divided by its scale, the full ones multiplied by its inverse:
         # bitsandbytes does so, and the last bit decides between centroids.
@@ -112,7 +114,7 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
         absmax[-1] = largest
         values = values / largest
         index = search(torch.nn.functional.pad(values, (0, numel % 2)))
-        _pack(index, packed[full // 2 :])
+        pack(index, packed[full // 2 :])
     return packed, absmax
 
 
@@ -198,7 +200,7 @@ def nearest_code(point: Tensor, code: Tensor) -> Tensor:
     return torch.bucketize(value, middles, out_int32=True).to(torch.uint8)
 
 
-class _CentroidSearch:
+class CentroidSearch:
     """Finds the nearest centroid of each number; a tie goes to the lower one.
 
     The answer is how many of the 15 midpoints are smaller than the number. [-1, 1] is cut into
@@ -227,7 +229,7 @@ class _CentroidSearch:
         return self.before.index_select(0, cell).add_(above)
 
 
-def _pack(index: Tensor, out: Tensor) -> None:
+def pack(index: Tensor, out: Tensor) -> None:
     """Write pairs of uint8 indices into bytes, the even one in the high nibble."""
     torch.add(index[1::2], index[::2], alpha=16, out=out)
 

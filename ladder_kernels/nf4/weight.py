@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.nf4 import cpu
+from ladder_kernels.nf4.calibrate import quantize_calibrated
 from ladder_kernels.nf4.dequantize import dequantize_range, dequantize_scales
 from ladder_kernels.nf4.quantize import (
     NESTED_BLOCKSIZE,
@@ -208,18 +209,30 @@ class NF4Weight:
 
 
 def quantize_nf4(
-    weight: Tensor, blocksize: int = 64, double_quant: bool = True, *, name: str | None = None
+    weight: Tensor,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    calibration: Tensor | None = None,
+    *,
+    name: str | None = None,
 ) -> NF4Weight:
     """Quantise a tensor to NF4, to the bits of ``bitsandbytes.functional.quantize_4bit`` on a CPU.
 
     Runs on the native kernels for a tensor on the CPU, unless ``use_backend`` says otherwise; they
     give the same bits.
 
+    With ``calibration``, the format is the same and the bits are others: those with little error in
+    ``x W^T`` for inputs ``x`` like those that the calibration comes from, by GPTQ (Frantar et al.
+    2022, arXiv:2210.17323); see :mod:`ladder_kernels.nf4.calibrate`. That runs in PyTorch.
+
     Args:
         weight: Any shape, ``[N, K]`` for a linear layer; float32, bfloat16 or float16; finite.
         blocksize: Elements that share a scale: 32, 64, ..., 4096.
         double_quant: Quantise the scales too: 4.13 bits a parameter instead of 4.5, at blocksize
             64.
+        calibration: Second moments of the layer's inputs, ``sum x x^T`` (of ``x`` as columns; for
+            inputs ``[T, K]``, ``x.T @ x``) or any multiple of it: ``[K, K]``, float32 or float64,
+            symmetric, positive semidefinite, undamped. ``None`` rounds to nearest.
         name: What error messages call the tensor.
 
     Returns:
@@ -228,7 +241,8 @@ def quantize_nf4(
     Raises:
         NonFiniteError: The tensor holds NaN or infinity, or numbers so large that the sum of their
             scales does (with double quantisation).
-        ConfigError: A dtype or blocksize that the format does not have.
+        ConfigError: A dtype or blocksize that the format does not have; or ``weight`` is no matrix
+            or ``calibration`` not what it must be.
         BackendError: The backend is "cpu" and there is no native library.
     """
     name = "weight" if name is None else name
@@ -238,10 +252,15 @@ def quantize_nf4(
     if weight.dtype not in QUANTIZABLE:
         allowed = ", ".join(str(each).removeprefix("torch.") for each in QUANTIZABLE)
         raise ConfigError(f"'{name}' has dtype {weight.dtype}; it must be one of {allowed}")
+    shape = tuple(weight.shape)
+    if calibration is not None:
+        packed, absmax, nested = quantize_calibrated(
+            weight.detach(), calibration, blocksize, double_quant, name=name
+        )
+        return NF4Weight(packed, absmax, shape, blocksize, weight.dtype, *(nested or ()))
     native = cpu.is_chosen(weight, weight.dtype)
     to_bits = cpu.quantize_blocks if native else quantize_blocks
     packed, absmax = to_bits(weight.detach(), blocksize, name=name)
-    shape = tuple(weight.shape)
     if not double_quant:
         return NF4Weight(packed, absmax, shape, blocksize, weight.dtype)
     absmax, *nested = (cpu.quantize_absmax if native else quantize_absmax)(absmax, name=name)

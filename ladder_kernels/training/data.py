@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ladder_kernels.errors import CheckpointError, ConfigError, MissingFileError
+from ladder_kernels.errors import CheckpointError, ConfigError, DataError, MissingFileError
 from ladder_kernels.training.formats import encode_rows
 from ladder_kernels.training.options import DataOptions
 from ladder_kernels.training.packing import pack_rows
-from ladder_kernels.training.sources import load_rows
+from ladder_kernels.training.sources import DATA_FILES, load_rows
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataOptions", "load_tokenizer", "pad_token_id_of", "prepare_data"]
+__all__ = [
+    "DataOptions",
+    "calibration_rows",
+    "load_tokenizer",
+    "pad_token_id_of",
+    "prepare_data",
+]
 
 
 def prepare_data(
@@ -51,6 +58,58 @@ def prepare_data(
     if not options.pack:
         return encoded
     return pack_rows(encoded, context, pad_token_id=pad_token_id_of(tokenizer))
+
+
+def calibration_rows(
+    sources: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    context: int,
+) -> list[list[int]]:
+    """Token ids to calibrate a model with (:func:`~ladder_kernels.models.loading.load_backbone`).
+
+    Args:
+        sources: Each a file of text, whatever its suffix; or what :func:`~.sources.load_rows`
+            reads, texts or chats. Each gives as much as the others, as far as it can.
+        tokenizer: Of the model.
+        tokens: Of all rows, at most (but one row of each source, at least).
+        context: Tokens a row; documents follow each other, and what is left of a source's last row
+            may be shorter.
+
+    Returns:
+        Rows spread evenly over each source.
+
+    Raises:
+        MissingFileError: If a source does not exist.
+        DataError: If it is empty or unreadable.
+    """
+    rows = []
+    for source in sources:
+        ids = _token_stream(source, tokenizer)
+        starts = range(0, len(ids), context)
+        wanted = min(len(starts), max(1, tokens // len(sources) // context))
+        chosen = [starts[index * len(starts) // wanted] for index in range(wanted)]
+        rows += [ids[start : start + context] for start in chosen]
+    return rows
+
+
+def _token_stream(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of all documents of a source, one after the other."""
+    import datasets
+
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() not in DATA_FILES:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source}: not a text file in UTF-8 ({error.reason})") from None
+        if not text.strip():
+            raise DataError(f"{source}: found no text")
+        rows = datasets.Dataset.from_dict({"text": [text]})
+    else:
+        rows = load_rows(source)
+    return [token for ids in encode_rows(rows, tokenizer)["input_ids"] for token in ids]
 
 
 def pad_token_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -184,6 +186,38 @@ def relative_error(
     assert ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+class LiveFloats(TorchDispatchMode):
+    """The largest number of float bytes alive at once, of tensors made while it watches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.known and tensor.device.type == "cpu":
+                    self.known.add(key)
+                    size = storage.nbytes()
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._gone, key, size)
+        return out
+
+
+@pytest.fixture(scope="session")
+def live_floats() -> type[LiveFloats]:
+    return LiveFloats
 
 
 @pytest.fixture(scope="session")

@@ -177,6 +177,17 @@ def test_quantised_file(kind: str, tmp_path: Path, make: Any):
         assert torch.equal(a, b), name
 
 
+def test_a_file_is_calibrated_as_a_folder_is(tmp_path: Path, make: Any):
+    model = make("llama", **SMALL)
+    model.save_pretrained(tmp_path / "folder")
+    path = write(tmp_path / "tiny.gguf", model, "llama")
+    calibration = list(torch.randint(3, 100, (8, 32)))
+    ours, wanted = (load_backbone(p, calibration=calibration) for p in (path, tmp_path / "folder"))
+    for (name, a), (_, b) in zip(ours.named_weights(), wanted.named_weights(), strict=True):
+        a, b = (w.packed if isinstance(w, NF4Weight) else w for w in (a, b))
+        assert torch.equal(a, b), name
+
+
 def test_frequency_factors(tmp_path: Path, make: Any, exact: Any, logits: Any, error: Any):
     """llama 3 files hold divisors of the rotary frequencies in a tensor."""
     scaling = {

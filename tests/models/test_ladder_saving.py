@@ -105,6 +105,7 @@ def test_only_the_ladder_is_stored(model: LadderForCausalLM, saved: Path):
         "blocksize": 64,
         "double_quant": True,
         "quantize_head": False,
+        "calibrated": False,
     }
 
 

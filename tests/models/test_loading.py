@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ladder_kernels.errors import (
     CheckpointError,
@@ -116,35 +114,8 @@ def test_old_name_of_the_head_of_gpt_neox(tmp_path: Path, make: Any):
     assert same(load_backbone(tmp_path), backbone_from_transformers(model))
 
 
-class LiveFloats(TorchDispatchMode):
-    """The largest number of float bytes alive at once, of tensors made while it watches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.known and tensor.device.type == "cpu":
-                    self.known.add(key)
-                    size = storage.nbytes()
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._gone, key, size)
-        return out
-
-
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
-def test_the_float_model_is_never_held(family: str, tmp_path: Path, make: Any):
+def test_the_float_model_is_never_held(family: str, tmp_path: Path, make: Any, live_floats: Any):
     model = make(family, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, head_dim=64)
     size = sum(p.numel() * 4 for p in model.parameters())
     model.save_pretrained(tmp_path, max_shard_size=size // 5)
@@ -152,7 +123,7 @@ def test_the_float_model_is_never_held(family: str, tmp_path: Path, make: Any):
     largest = 1024 * 256 * 4
     del model
     gc.collect()
-    with LiveFloats() as floats:
+    with live_floats() as floats:
         backbone = load_backbone(tmp_path)
     assert size > 28 * 2**20
     # Embeddings and norms stay; beside them the tensor at hand, its fp32 blocks and small change.
