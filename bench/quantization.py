@@ -91,12 +91,17 @@ def _spread(ids: list[int], count: int) -> list[torch.Tensor]:
     return [torch.tensor(ids[start : start + _CONTEXT]) for start in chosen]
 
 
-def _candidates(tokenizer: Any, tokens: int) -> Mapping[str, Callable[[], Backbone]]:
-    """How each candidate is made, by name; the first two are what others are compared with."""
+def topics(tokenizer: Any, tokens: int) -> Any:
+    """Rows of the language's documentation, the calibration text of the benchmarks."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "topics.txt"
         path.write_text("\n\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
-        rows = calibration_rows([path], tokenizer, tokens=tokens, context=_CONTEXT)
+        return calibration_rows([path], tokenizer, tokens=tokens, context=_CONTEXT)
+
+
+def _candidates(tokenizer: Any, tokens: int) -> Mapping[str, Callable[[], Backbone]]:
+    """How each candidate is made, by name; the first two are what others are compared with."""
+    rows = topics(tokenizer, tokens)
 
     def saved(**options: Any) -> Backbone:
         with tempfile.TemporaryDirectory() as place:
@@ -104,7 +109,7 @@ def _candidates(tokenizer: Any, tokens: int) -> Mapping[str, Callable[[], Backbo
             return load_backbone(Path(place) / "base")
 
     return {
-        "float32": _float,
+        "float32": float_backbone,
         "NF4 to nearest": saved,
         "NF4 calibrated": lambda: saved(calibration=rows),
         "NF4 to nearest, blocksize 32": lambda: saved(blocksize=32),
@@ -118,14 +123,15 @@ class _Unquantised(GGUFSource):
     prequantized = True  # as if its float layers were meant to stay so
 
 
-def _float() -> Backbone:
+def float_backbone(dtype: torch.dtype = torch.float32) -> Backbone:
+    """SmolLM2-135M with its linear layers in float."""
     source, settings = _Unquantised(find_weights()), Quantization()
     architecture = Architecture.of(source.config)
     reader = WeightReader(
         source,
         shapes=architecture.shapes(tied=True),
         quantization=settings,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
         tied=("lm_head.weight",),
     )
@@ -134,7 +140,7 @@ def _float() -> Backbone:
 
 def _in_8_bits(backbone: Backbone, *roles: str) -> Backbone:
     """Put float layers, rounded to 8 bits with a scale a row, in the place of NF4 ones."""
-    exact: Any = _float()
+    exact: Any = float_backbone()
     changed: Any = backbone
     for block, twin in zip(changed.blocks, exact.blocks, strict=True):
         for role in roles:

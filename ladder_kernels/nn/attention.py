@@ -262,6 +262,10 @@ def attend(
     if dropped:
         first = None if first is None else (first - dropped).clamp_(min=0)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if trained and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # PyTorch's backward pass of attention on a CPU is slower in half precision than in float32.
+        wide = differentiable_attention(q.float(), k.float(), v.float(), first, scale)
+        return wide.to(q.dtype)
     if trained or q.device.type != "cpu" or layout.length == 1:
         return differentiable_attention(q, k, v, first, scale)
     return ranged_attention(q, k, v, first, scale)

@@ -1,0 +1,5 @@
+"""stub for now"""
+
+
+def write(r):
+    print(r)
