@@ -5,9 +5,10 @@
 
 The calibration text is the documentation of the language that Python brings along
 (``pydoc_data.topics``). Measured is text of other kinds, none of which is calibrated with: source
-code of modules of the standard library, licences, and chats in which functions of such modules are
-documented (:mod:`ladder_kernels.docstrings`). What is measured of NF4 was saved as a checkpoint for
-bitsandbytes and loaded again.
+code of modules of the standard library, licences, and the answers of chats in which functions of
+such modules are documented (:mod:`ladder_kernels.docstrings`); the rest of a chat is mostly the
+same few words over and over. What is measured of NF4 was saved as a checkpoint for bitsandbytes and
+loaded again.
 
 "in 8 bits" takes some kinds of layer out of NF4 and rounds them to 8 bits a weight, with a scale a
 row: what is won by spending more instead.
@@ -23,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from bench import rows as results
@@ -39,6 +41,7 @@ from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import FrozenLinear
 from ladder_kernels.ops import linear_cross_entropy
 from ladder_kernels.training.data import calibration_rows, load_tokenizer
+from ladder_kernels.training.formats import IGNORE, encode_rows
 
 _CONTEXT = 1024
 _LICENCES = Path("/usr/share/common-licenses")  # of Debian and its kin
@@ -52,8 +55,8 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = load_tokenizer(find_weights())
     texts = {
-        name: _spread(tokenizer(text, add_special_tokens=False)["input_ids"], options.rows)
-        for name, text in _texts(tokenizer).items()
+        name: _spread(ids, counted, options.rows)
+        for name, (ids, counted) in _texts(tokenizer).items()
     }
     measured: dict[str, dict[str, float]] = {}
     sizes: dict[str, int] = {}
@@ -65,30 +68,42 @@ def main() -> None:
     _report(measured, sizes, texts)
 
 
-def _texts(tokenizer: Any) -> dict[str, str]:
-    """What is measured, by name."""
+def _texts(tokenizer: Any) -> dict[str, tuple[list[int], list[bool]]]:
+    """What is measured, by name: token ids, and whether their loss counts."""
     held_out = [example for example in collect_docstrings() if example.held_out]
     modules = dict.fromkeys(example.module for example in held_out)
     sources = [(standard_library() / name).read_text(encoding="utf-8") for name in modules]
     licences = [standard_library() / "LICENSE.txt"]
     if _LICENCES.is_dir():
         licences += sorted(path for path in _LICENCES.iterdir() if not path.is_symlink())
-    chats = [
-        tokenizer.apply_chat_template(example.messages(), tokenize=False) for example in held_out
-    ]
-    return {
+    written = {
         "source code": "\n\n".join(sources),
         "licences": "\n\n".join(path.read_text(encoding="utf-8") for path in licences),
-        "chats": "".join(chats),
+    }
+    texts = {
+        name: tokenizer(text, add_special_tokens=False)["input_ids"]
+        for name, text in written.items()
+    }
+    chats = datasets.Dataset.from_list([{"messages": each.messages()} for each in held_out])
+    encoded = encode_rows(chats, tokenizer)
+    answers = [label != IGNORE for labels in encoded["labels"] for label in labels]
+    return {
+        **{name: (ids, [True] * len(ids)) for name, ids in texts.items()},
+        "answers in chats": ([token for ids in encoded["input_ids"] for token in ids], answers),
     }
 
 
-def _spread(ids: list[int], count: int) -> list[torch.Tensor]:
-    """Rows of :data:`_CONTEXT` tokens, evenly spread over a text."""
+def _spread(
+    ids: list[int], counted: list[bool], count: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of :data:`_CONTEXT` tokens, evenly spread over a text, and what is predicted in them."""
     starts = range(0, len(ids) - _CONTEXT + 1, _CONTEXT)
     count = min(count, len(starts))
     chosen = [starts[index * len(starts) // count] for index in range(count)]
-    return [torch.tensor(ids[start : start + _CONTEXT]) for start in chosen]
+    row = torch.tensor(ids)
+    labels = torch.where(torch.tensor(counted), row, IGNORE)
+    parts = [slice(start, start + _CONTEXT) for start in chosen]
+    return [(row[part], labels[part]) for part in parts]
 
 
 def topics(tokenizer: Any, tokens: int) -> Any:
@@ -163,14 +178,19 @@ def _layer_bytes(backbone: Backbone) -> int:
 
 
 @torch.inference_mode()
-def _perplexity(backbone: Backbone, rows: list[torch.Tensor]) -> float:
+def _perplexity(backbone: Backbone, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     total = 0.0
-    for row in rows:
+    for row, labels in rows:
         layout = SequenceLayout.build(1, len(row))
         states = backbone.final_norm(backbone.frozen_pass(row[None], layout=layout).hidden)
-        loss = linear_cross_entropy(states[0, :-1], backbone.head, row[1:], reduction="sum")
+        loss = linear_cross_entropy(states[0, :-1], backbone.head, labels[1:], reduction="sum")
         total += float(loss)
-    return math.exp(total / sum(len(row) - 1 for row in rows))
+    return math.exp(total / _predicted(rows))
+
+
+def _predicted(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """The number of tokens whose loss counts."""
+    return sum(int((labels[1:] != IGNORE).sum()) for _, labels in rows)
 
 
 def _report(
@@ -179,7 +199,7 @@ def _report(
     about = {"bench": "quantization", "model": "SmolLM2-135M-Instruct", "dtype": "float32"}
     found = results.bytes_of(sizes, **about, shape="linear layers")
     for text, rows in texts.items():
-        shape = f"{text}, {len(rows)} rows of {_CONTEXT} tokens"
+        shape = f"{text}, {_predicted(rows)} tokens in {len(rows)} rows"
         by_candidate = {name: figures[text] for name, figures in measured.items()}
         found += results.perplexities(by_candidate, **about, shape=shape)
     exact, nearest = (measured[name] for name in list(measured)[:2])

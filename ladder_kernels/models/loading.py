@@ -59,7 +59,7 @@ def load_backbone(
     """Load a frozen backbone, quantising tensor by tensor.
 
     With ``calibration``, each linear layer is quantised for the inputs that these texts give it
-    (:mod:`ladder_kernels.models.calibration`): less is lost, in the same format. It takes two
+    (:mod:`ladder_kernels.models.calibration`): less is lost, in the same format. It takes three
     minutes for SmolLM2-135M and 16,384 tokens on one CPU core, so keep the result:
     ``backbone.save_pretrained(folder)``, and load the folder. Another machine may round a few
     weights otherwise, and a ladder is for one base.
