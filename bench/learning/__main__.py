@@ -13,10 +13,14 @@ from pathlib import Path
 
 import torch
 
-from bench.learning import report, results
+from bench.learning import cost, report, results
 from bench.learning.studies import STUDIES
 from bench.learning.trial import run_trial
 
+_MEASURED = (
+    "qlora", "qlora, recomputed", "re-entry 1/2 + r16", "re-entry 1/2 + r16, recomputed",
+    "re-entry 1/2", "re-entry 1/4", "ladder",
+)  # fmt: skip
 _CLAIMS = Path("build/learning/claims")
 
 
@@ -24,12 +28,15 @@ def main() -> None:
     """Run trials, or report those that were run."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("what", choices=["run", "report", "cost"])
     parser.add_argument("studies", nargs="*", choices=[[], *STUDIES], default=[])
     parser.add_argument("--threads", type=int, help="of this process; several share the trials")
     options = parser.parse_args()
     if options.what == "report":
         report.write(results.read())
+        return
+    if options.what == "cost":
+        cost.measure(_MEASURED)
         return
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,5 +1,183 @@
-"""stub for now"""
+"""Tables and plots of the study's results, beside them in ``bench/results/``."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.learning.results import Result
+from bench.learning.studies import COST
+from bench.rows import RESULTS
+
+__all__ = ["markdown", "slope", "write"]
+
+_METRIC = {"docstrings": "perplexity", "nlu": "accuracy", "critic": "accuracy"}
+_MATHS = "exact_match"
 
 
-def write(r):
-    print(r)
+def write(results: Sequence[Result], folder: Path = RESULTS) -> None:
+    """Write ``learning.md`` and the plots of what there are results for.
+
+    Args:
+        results: Of :func:`bench.learning.results.read`.
+        folder: Where to.
+    """
+    (folder / "learning.md").write_text(markdown(results), encoding="utf-8")
+    _plot_frontier(results, folder / "learning_frontier.png")
+    _plot_scaling(results, folder / "learning_scaling.png")
+
+
+def metric_of(task: str) -> str:
+    """What counts in a task."""
+    return _METRIC.get(task, _MATHS)
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Every result in tables, one a task: means over seeds, with their spread."""
+    parts = ["# Results of the learning study", ""]
+    for task in dict.fromkeys(result.trial.task for result in results):
+        metric = metric_of(task)
+        extra = ["steps", "answer_tokens"] if task == "maths" else []
+        header = [
+            "study", "base", "method", "trained", "steps", "time, QLoRA = 1", "seeds",
+            metric, "loss", *extra,
+        ]  # fmt: skip
+        parts += [f"## {task}", "", _line(header), _line(["---"] * len(header))]
+        for group in _groups(r for r in results if r.trial.task == task):
+            parts.append(_line(_cells(group, metric, extra)))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _groups(results: Any) -> list[list[Result]]:
+    """Results that differ in nothing but their seed."""
+    groups: dict[Any, list[Result]] = defaultdict(list)
+    for result in results:
+        trial = result.trial
+        groups[trial.study, trial.base, trial.method, trial.steps, trial.rows, trial.rate].append(
+            result
+        )
+    return list(groups.values())
+
+
+def _cells(group: list[Result], metric: str, extra: Sequence[str]) -> list[str]:
+    trial = group[0].trial
+    name = trial.method + (f", rates x {trial.rate:g}" if trial.rate != 1 else "")
+    cost = COST.get(trial.method)
+    time = f"{trial.steps * cost / (_LEAST[trial.task] * COST['qlora']):.2f}" if cost else ""
+    return [
+        trial.study,
+        trial.base,
+        name,
+        f"{group[0].trained_parameters / 1e6:.2f} M",
+        str(trial.steps),
+        time if trial.steps else "",
+        str(len(group)),
+        *(_spread([result.figures[key] for result in group]) for key in (metric, "loss", *extra)),
+    ]
+
+
+_LEAST = {"docstrings": 40, "nlu": 60, "maths": 60, "critic": 60}
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean, and the standard deviation over seeds."""
+    mean = statistics.fmean(values)
+    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Slope of ``log(loss)`` against ``log(compute)`` and its standard error (least squares).
+
+    Args:
+        points: Compute and loss; at least three.
+    """
+    x, y = np.log(np.array(points, dtype=float)).T
+    centred = x - x.mean()
+    spread = float((centred**2).sum())
+    found = float((centred * y).sum()) / spread
+    residual = y - y.mean() - found * centred
+    error = float((residual**2).sum() / (len(points) - 2) / spread) ** 0.5
+    return found, error
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _plot_frontier(results: Sequence[Result], path: Path) -> None:
+    """Perplexity of docstrings against time, a line a method."""
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for group in _groups(
+        r
+        for r in results
+        if r.trial.task == "docstrings" and r.trial.base == "calibrated" and r.trial.rate == 1
+    ):
+        trial = group[0].trial
+        if trial.method in COST:
+            time = trial.steps * COST[trial.method] / COST["qlora"]
+            mean = statistics.fmean(result.figures["perplexity"] for result in group)
+            lines[trial.method].append((time, mean))
+    if not lines:
+        return
+    figure, axes = _axes(
+        "Docstrings: what training time buys",
+        "time, in steps of QLoRA",
+        "held-out perplexity of the answers",
+    )
+    for method, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _plot_scaling(results: Sequence[Result], path: Path) -> None:
+    """Loss against trained parameters, with fitted slopes, for sizes of ladder and adapter."""
+    families: dict[str, Callable[[str], bool]] = {
+        "QLoRA, rank 1 to 64": lambda name: name.startswith("qlora"),
+        "ladder with re-entry, width 18 to 288": lambda name: name in (
+            "re-entry 1/2 d18", "re-entry 1/2", "re-entry 1/2 d288"
+        ),
+    }  # fmt: skip
+    drawn = {}
+    for label, belongs in families.items():
+        points = {
+            r.trained_parameters: r.figures["loss"]
+            for r in results
+            if belongs(r.trial.method)
+            and (r.trial.task, r.trial.base) == ("docstrings", "calibrated")
+            and (r.trial.steps, r.trial.seed, r.trial.rate) == (_LEAST["docstrings"], 0, 1.0)
+        }
+        if len(points) > 2:
+            drawn[label] = sorted(points.items())
+    if not drawn:
+        return
+    figure, axes = _axes("Docstrings: sizes at equal tokens", "trained parameters", "loss, nats")
+    for label, points in drawn.items():
+        found, error = slope(points)
+        axes.loglog(
+            *zip(*points, strict=True),
+            marker="o",
+            label=f"{label}: slope {found:.3f} ± {error:.3f}",
+        )
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
 """Which trials answer which question.
 
-Steps at equal time come from :data:`COST`: seconds of a step, on one thread of one machine, of the
-methods in turns. They are figures of this library on a CPU, where QLoRA's step is the same code with
-adapters on every layer.
+Steps at equal time come from :data:`COST`: seconds of a step, of the methods in turns, on one
+thread of one machine. They are figures of this library on a CPU, where QLoRA's step is the same
+code with adapters on every layer. ``bench/learning_cost.py`` measures them again.
 """
 
 from __future__ import annotations

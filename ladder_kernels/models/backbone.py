@@ -129,6 +129,7 @@ class Backbone(nn.Module):
         cache: Any,
         start: int,
         adapters: Sequence[BlockAdapters],
+        recompute: bool,
     ) -> torch.Tensor:
         """Run the layers after the first ``start``; see :meth:`top_pass`."""
 
@@ -334,6 +335,7 @@ class Backbone(nn.Module):
         start: int,
         adapters: Sequence[BlockAdapters] = (),
         cache: Any = None,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """Run the layers above a re-entry, through which gradients may flow.
 
@@ -346,6 +348,8 @@ class Backbone(nn.Module):
             start: How many layers the frozen pass ran.
             adapters: Of each layer above that, or none at all.
             cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
+            recompute: Keep each layer's input alone and run the layer again in the backward pass
+                (gradient checkpointing): less memory, more time.
 
         Returns:
             ``y``, ``[B, S, D]`` in the compute dtype, before the final norm.
@@ -355,7 +359,9 @@ class Backbone(nn.Module):
         """
         self._take_activations("exact")
         with torch.autocast(self.device.type, enabled=False):
-            return self._top(hidden.to(self.dtype), layout.to(self.device), cache, start, adapters)
+            states, placed = hidden.to(self.dtype), layout.to(self.device)
+            recompute = recompute and torch.is_grad_enabled()
+            return self._top(states, placed, cache, start, adapters, recompute)
 
     def _take_activations(self, activations: str) -> None:
         if activations != self._activations:

@@ -274,6 +274,7 @@ class HookedBackbone(Backbone):
         cache: Any,
         start: int,
         adapters: Sequence[BlockAdapters],
+        recompute: bool,
     ) -> torch.Tensor:
         self.check_reentry(self.num_layers - start)
         return hidden

@@ -64,6 +64,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "ladder"
     main_input_name = "input_ids"
     accepts_loss_kwargs = True
+    supports_gradient_checkpointing = True
 
     config: LadderModelConfig
     _backbone: Backbone
@@ -78,6 +79,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
         self.tap_dtype = tap_dtype_of(config.tap_dtype)
         self._ladder_enabled = True
+        # Of the layers above a re-entry; set by transformers' gradient_checkpointing_enable().
+        self.gradient_checkpointing = False
         self.post_init()
 
     # Making one -----------------------------------------------------------------------------------
@@ -544,6 +547,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             start=ladder.stop,
             adapters=ladder.block_adapters(),
             cache=cache,
+            recompute=self.gradient_checkpointing and self.training,
         )
         return y if select is None else y[select]
 

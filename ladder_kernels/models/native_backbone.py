@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from ladder_kernels.models.architecture import Architecture
@@ -266,11 +267,15 @@ class NativeBackbone(Backbone):
         cache: Any,
         start: int,
         adapters: Sequence[BlockAdapters],
+        recompute: bool,
     ) -> torch.Tensor:
         rotary = self.rotary(layout.position_ids, self.dtype)
         for index, block in enumerate(list(self.blocks)[start:]):
             own = adapters[index] if adapters else None
-            hidden = block(hidden, layout, rotary, cache, own)
+            if recompute:
+                hidden = checkpoint(block, hidden, layout, rotary, cache, own, use_reentrant=False)
+            else:
+                hidden = block(hidden, layout, rotary, cache, own)
         return hidden
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

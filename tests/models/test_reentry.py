@@ -17,6 +17,9 @@ from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.loading import backbone_from_transformers
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`(gradient_checkpointing|is_gradient).*is deprecated:FutureWarning"
+)
 FAMILIES = ("llama", "qwen3", "smollm3")
 CONFIGS = {
     "rungs": LadderConfig.lst(reduction=4, reentry=1),
@@ -175,6 +178,31 @@ def test_all_layers_with_adapters_are_qlora(make: Callable[..., Any]) -> None:
         assert one.grad is not None
         scale = other.grad.abs().max().item()
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputing_layers_changes_no_bit(backbone_of: Any, name: str) -> None:
+    model = stirred(LadderForCausalLM.from_backbone(backbone_of("llama"), CONFIGS[name]).train())
+    saved: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.nbytes)
+        return tensor
+
+    found = {}
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable()
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(IDS, labels=IDS, position_ids=PACKED).loss
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        found[recompute] = loss.detach(), grads, sum(saved)
+    model.gradient_checkpointing_disable()
+    assert torch.equal(found[False][0], found[True][0])
+    for one, other in zip(found[False][1], found[True][1], strict=True):
+        assert torch.equal(one, other)
+    assert found[True][2] < found[False][2]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
