@@ -90,9 +90,10 @@ class LadderConfig:
     output: str = _help(
         f"how the ladder's top meets the last state: {', '.join(OUTPUTS)}", "residual"
     )
-    reentry: int = _help(
-        "backbone layers, counted from the top, that come after the ladder: its output is added to "
-        "the residual stream before them, and gradients pass through them and no others",
+    reentry: float = _help(
+        "backbone layers, counted from the top, that come after the ladder (a number, or a share "
+        "below 1 of all): its output is added to the residual stream before them, and gradients "
+        "pass through them and no others",
         0,
     )
     adapter_rank: int = _help(
@@ -133,7 +134,7 @@ class LadderConfig:
         return cls(kind="xladder", connected=connected, free=free, reduction=reduction, **options)
 
     @classmethod
-    def adapters(cls, reentry: int, rank: int = 16, **options: Any) -> LadderConfig:
+    def adapters(cls, reentry: float, rank: int = 16, **options: Any) -> LadderConfig:
         """No rungs: low-rank adapters on the top ``reentry`` layers.
 
         With ``reentry`` equal to the number of layers this is QLoRA (arXiv:2305.14314) on all
@@ -163,7 +164,7 @@ class LadderConfig:
         elif kind == "explicit":
             object.__setattr__(self, "rungs", _checked_rungs(self.rungs))
 
-        _integer("reentry", self.reentry, at_least=0)
+        object.__setattr__(self, "reentry", _checked_reentry(self.reentry))
         _integer("adapter_rank", self.adapter_rank, at_least=0)
         _positive("adapter_scale", self.adapter_scale)
         if self.adapter_rank and not self.reentry:
@@ -200,9 +201,7 @@ class LadderConfig:
         Raises:
             ConfigError: If the ladder does not fit that many layers.
         """
-        if self.reentry > num_layers:
-            raise _wrong("reentry", self.reentry, f"the backbone has {num_layers} layers")
-        below = num_layers - self.reentry
+        below = num_layers - self.reentry_layers(num_layers)
         found = f"the backbone has {num_layers} layers" + (
             f", {below} of them below the re-entry" if self.reentry else ""
         )
@@ -226,6 +225,18 @@ class LadderConfig:
                         f"rungs[{index}]", layer, f"the taps that it can have are 0 to {below}"
                     )
         return rungs
+
+    def reentry_layers(self, num_layers: int) -> int:
+        """How many of a backbone's ``num_layers`` layers come after the ladder.
+
+        Raises:
+            ConfigError: If there are fewer.
+        """
+        if self.reentry > num_layers:
+            raise _wrong("reentry", self.reentry, f"the backbone has {num_layers} layers")
+        if 0 < self.reentry < 1:
+            return max(1, round(self.reentry * num_layers))
+        return int(self.reentry)
 
     def side_width(self, hidden_size: int) -> int:
         """Width ``d`` of the ladder beside a backbone of width ``hidden_size``.
@@ -337,6 +348,16 @@ def _positive(name: str, value: object) -> None:
         or value <= 0
     ):
         raise _wrong(name, value, "it must be a number above 0")
+
+
+def _checked_reentry(value: object) -> float:
+    """Whole numbers as such: a command line may give 8.0."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value >= 0 and value == int(value if math.isfinite(value) else -1):
+            return int(value)
+        if 0 < value < 1:
+            return value
+    raise _wrong("reentry", value, "it must be a whole number, 0 or more, or a share below 1")
 
 
 def _checked_rungs(rungs: object) -> tuple[tuple[int, ...], ...]:

@@ -103,6 +103,7 @@ class Ladder(nn.Module):
     Attributes:
         shape: Sizes of the side stream.
         rung_taps: The layers that each rung taps.
+        reentry: Backbone layers that come after the ladder.
 
     Raises:
         ConfigError: If the configuration does not fit the backbone.
@@ -124,6 +125,7 @@ class Ladder(nn.Module):
         self.config = config
         self.num_layers = num_layers
         self.rope_theta = rope_theta
+        self.reentry = config.reentry_layers(num_layers)
         self.rung_taps = config.resolve(num_layers)
         self.shape = config.side_shape(hidden_size, intermediate_size, head_dim)
         self.rungs = nn.ModuleList(
@@ -138,7 +140,7 @@ class Ladder(nn.Module):
             )
         self.adapters = nn.ModuleList(
             BlockAdapters(linear_shapes or {}, rank=config.adapter_rank, scale=config.adapter_scale)
-            for _ in range(config.reentry if config.adapter_rank else 0)
+            for _ in range(self.reentry if config.adapter_rank else 0)
         )
         self.reset_parameters(backbone)
 
@@ -186,7 +188,7 @@ class Ladder(nn.Module):
     @property
     def stop(self) -> int:
         """How many layers the frozen pass runs: those below the re-entry, or all."""
-        return self.num_layers - self.config.reentry
+        return self.num_layers - self.reentry
 
     def block_adapters(self) -> list[BlockAdapters]:
         """The adapters of each layer after the re-entry, bottom first; none if there are none."""

@@ -73,7 +73,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         check_activations(config.activations)
         backbone.check_activations(config.activations)
-        backbone.check_reentry(config.ladder_config.reentry)
+        backbone.check_reentry(config.ladder_config.reentry_layers(backbone.num_layers))
         # Past nn.Module's own bookkeeping, which would register it.
         object.__setattr__(self, "_backbone", backbone)
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
@@ -538,7 +538,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if ladder is None:
             return frozen.hidden if select is None else frozen.hidden[select]
-        if not self.config.ladder_config.reentry:
+        if not ladder.reentry:
             return ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
         # Tokens above the re-entry see each other: all of them are needed up to the last layer.
         y = self._backbone.top_pass(

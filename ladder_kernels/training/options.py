@@ -97,7 +97,8 @@ class TrainOptions:
 
     kind: str | None = _help(
         "how rungs are placed: lst (one tap a rung, evenly spaced), xladder (the top layers, then "
-        "rungs without taps) or explicit; default explicit when rungs is given, else lst",
+        "rungs without taps), explicit or adapters (no rungs: adapters above the re-entry only); "
+        "default explicit when rungs is given, else lst",
         None,
     )
     every: int | None = _help("lst: backbone layers from one rung to the next (default 1)", None)
@@ -116,6 +117,16 @@ class TrainOptions:
     output_kind: str = _help(
         "how the ladder's top meets the last state: residual, interpolate or side", "residual"
     )
+    reentry: float = _help(
+        "backbone layers, counted from the top, that come after the ladder (a number, or a share "
+        "below 1 of all): its output is added to the residual stream before them, and gradients "
+        "pass through them and no others",
+        0,
+    )
+    adapter_rank: int = _help(
+        "rank of low-rank adapters (LoRA) on every linear layer after the re-entry; 0 for none", 0
+    )
+    adapter_scale: float = _help("factor on what those adapters add (LoRA's alpha / rank)", 2.0)
     block: str = _help("kind of side block: transformer or mlp", "transformer")
     head_dim: int | None = _help("channels an attention head of the ladder; default fitting", None)
     mlp_ratio: float | None = _help(

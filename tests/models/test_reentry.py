@@ -242,6 +242,15 @@ def test_rounded_activations_stop_at_the_re_entry(make: Callable[..., Any]) -> N
 
 
 @pytest.mark.parametrize(
+    ("reentry", "layers"), [(0, 0), (2, 2), (2.0, 2), (0.5, 2), (0.01, 1), (0.99, 3), (3, 3)]
+)
+def test_a_share_of_the_layers(reentry: float, layers: int) -> None:
+    config = LadderConfig.adapters(reentry) if reentry else LadderConfig()
+    assert config.reentry_layers(3) == layers
+    assert LadderConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"reentry": 4}, r"ladder.reentry: found 4; the backbone has 3 layers"),
@@ -249,7 +258,9 @@ def test_rounded_activations_stop_at_the_re_entry(make: Callable[..., Any]) -> N
         ({"rungs": ((2,),), "reentry": 2}, r"ladder.rungs\[0\]: found 2; .* are 0 to 1"),
         ({"adapter_rank": 2}, r"ladder.adapter_rank: found 2; adapters sit after a re-entry"),
         ({"kind": "adapters", "reentry": 2}, r"ladder.adapter_rank: found 0; a ladder of kind"),
-        ({"reentry": -1}, r"ladder.reentry: found -1; it must be a whole number, 0 or more"),
+        ({"reentry": -1}, r"ladder.reentry: found -1; it must be a whole number, 0 or more, or a"),
+        ({"reentry": 1.5}, r"ladder.reentry: found 1.5; it must be a whole number"),
+        ({"reentry": float("nan")}, r"ladder.reentry: found nan; it must be a whole number"),
         ({"reentry": 1, "adapter_rank": 1, "adapter_scale": 0.0}, r"ladder.adapter_scale: found"),
     ],
 )
