@@ -66,6 +66,8 @@ class Backbone(nn.Module):
     Attributes:
         runs_on: ``"ladder_kernels"`` for a model of our own, ``"transformers"`` for the slower way
             through the layers of transformers.
+        reenters: Whether a ladder's output may enter it again below some of its layers, through
+            which gradients pass then.
         config: The transformers configuration of the base model.
         quantization: How float weights were quantised.
         fingerprint: sha256 (hex) of the weights and of the configuration that changes the function.
@@ -76,6 +78,7 @@ class Backbone(nn.Module):
     """
 
     runs_on: ClassVar[str]
+    reenters: ClassVar[bool]
     head_bias: torch.Tensor | None
 
     def __init__(
@@ -133,13 +136,17 @@ class Backbone(nn.Module):
     ) -> torch.Tensor:
         """Run the layers after the first ``start``; see :meth:`top_pass`."""
 
-    @abstractmethod
     def check_reentry(self, reentry: int) -> None:
         """Refuse a re-entry below the last ``reentry`` layers where it is not possible.
 
         Raises:
             UnsupportedModelError: If gradients cannot pass through layers of this backbone.
         """
+        if reentry and not self.reenters:
+            raise UnsupportedModelError(
+                f"ladder.reentry: found {reentry}, but '{self.config.model_type}' runs on "
+                f"{self.runs_on}, whose top layers cannot be run apart; allowed is 0"
+            )
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """``(N, K)`` of the linear layers of a block, by role.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ __all__ = [
     "tap_dtype_of",
 ]
 
-KINDS = ("lst", "xladder", "explicit", "adapters")
+KINDS = ("auto", "lst", "xladder", "explicit", "adapters")
 """How a list of rungs can be described."""
 
 TAP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,6 +41,7 @@ _LARGEST_HEAD = 64
 
 # What each kind of list is described by, with defaults.
 _KIND_FIELDS: dict[str, dict[str, Any]] = {
+    "auto": {},
     "lst": {"every": 1},
     "xladder": {"connected": 4, "free": 4},
     "explicit": {"rungs": None},
@@ -67,8 +68,8 @@ class LadderConfig:
     """
 
     kind: str | None = _help(
-        "how rungs are placed: 'lst' (one tap a rung, evenly spaced), 'xladder' (the top layers, "
-        "then rungs "
+        "how rungs are placed: 'auto' (what learned best in bench/learning, as far as the backbone "
+        "allows it), 'lst' (one tap a rung, evenly spaced), 'xladder' (the top layers, then rungs "
         "without taps), 'explicit' or 'adapters' (no rungs: only low-rank adapters above the "
         "re-entry); default 'explicit' when rungs is given, else 'lst'",
         None,
@@ -134,6 +135,11 @@ class LadderConfig:
         return cls(kind="xladder", connected=connected, free=free, reduction=reduction, **options)
 
     @classmethod
+    def recommended(cls, **options: Any) -> LadderConfig:
+        """What learned best in the study under ``bench/learning``; see :meth:`settled`."""
+        return cls(kind="auto", **{"reduction": 8, **options})
+
+    @classmethod
     def adapters(cls, reentry: float, rank: int = 16, **options: Any) -> LadderConfig:
         """No rungs: low-rank adapters on the top ``reentry`` layers.
 
@@ -193,6 +199,21 @@ class LadderConfig:
                     "head_dim", self.head_dim, "it must be even: positions turn channel pairs"
                 )
 
+    def settled(self, reenters: bool) -> LadderConfig:
+        """This configuration, with what "auto" means beside a certain backbone.
+
+        A rung at every third layer, without attention. Where gradients can pass through layers of
+        the backbone, the ladder re-enters below the upper half of them, which have adapters of rank
+        16.
+
+        Args:
+            reenters: Whether they can (:attr:`Backbone.reenters`).
+        """
+        if self.kind != "auto":
+            return self
+        above = {"reentry": 0.5, "adapter_rank": 16} if reenters else {}
+        return replace(self, kind="lst", every=3, block="mlp", **above)
+
     def resolve(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
         """The layers that each rung taps beside a backbone of ``num_layers`` layers, bottom first.
 
@@ -202,6 +223,8 @@ class LadderConfig:
             ConfigError: If the ladder does not fit that many layers.
         """
         below = num_layers - self.reentry_layers(num_layers)
+        if self.kind == "auto":
+            return self.settled(True).resolve(num_layers)
         found = f"the backbone has {num_layers} layers" + (
             f", {below} of them below the re-entry" if self.reentry else ""
         )

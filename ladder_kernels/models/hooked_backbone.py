@@ -128,6 +128,7 @@ class HookedBackbone(Backbone):
     """
 
     runs_on: ClassVar[str] = "transformers"
+    reenters: ClassVar[bool] = False
 
     float_head: torch.Tensor | None
 
@@ -258,14 +259,6 @@ class HookedBackbone(Backbone):
             if width is not None:
                 return width
         return 4 * self.hidden_size
-
-    def check_reentry(self, reentry: int) -> None:
-        """None but 0: the layers of transformers run as a whole here; see :class:`Backbone`."""
-        if reentry:
-            raise UnsupportedModelError(
-                f"ladder.reentry: found {reentry}, but '{self.config.model_type}' runs on "
-                "transformers' own layers, whose top cannot be run apart; allowed is 0"
-            )
 
     def _top(
         self,

@@ -101,7 +101,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             backbone: The frozen model; it is not copied.
-            ladder: Shape of the ladder; default :meth:`LadderConfig.lst`.
+            ladder: Shape of the ladder; default :meth:`LadderConfig.recommended`.
             weights: Where backbone weights live: "resident", on the model's device.
             taps: Where taps wait between the two passes: "device", the model's.
             tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32".
@@ -119,9 +119,10 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         """
         pretrained.check_placements(weights, taps)
         dtype = tap_dtype_of(tap_dtype)
+        ladder = LadderConfig.recommended() if ladder is None else ladder
         config = LadderModelConfig.for_backbone(
             backbone,
-            ladder if ladder is not None else LadderConfig.lst(),
+            ladder.settled(backbone.reenters),
             tap_dtype=str(dtype).removeprefix("torch."),
             activations=activations,
             gguf_file=gguf_file,
@@ -158,7 +159,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: A hub name or folder of a base model (float safetensors,
                 a bitsandbytes checkpoint, GGUF), or of a saved ladder.
             model_args: None are taken; here because transformers' own method has them.
-            ladder: Shape of a new ladder; default :meth:`LadderConfig.lst`. Not for a saved ladder,
+            ladder: Shape of a new ladder; default
+                :meth:`LadderConfig.recommended`. Not for a saved ladder,
                 which has its own.
             weights: Where backbone weights live: "resident", on the model's device.
             taps: Where taps wait between the two passes: "device", the model's.

@@ -176,6 +176,7 @@ class NativeBackbone(Backbone):
     """
 
     runs_on: ClassVar[str] = "ladder_kernels"
+    reenters: ClassVar[bool] = True
 
     embed: torch.Tensor
     norm: torch.Tensor
@@ -256,9 +257,6 @@ class NativeBackbone(Backbone):
         for layer, block in enumerate(list(self.blocks)[:stop], start=1):
             hidden = block(hidden, layout, rotary, cache)
             emit(layer, hidden)
-
-    def check_reentry(self, reentry: int) -> None:
-        """Any number of layers may come after a re-entry; see :class:`Backbone`."""
 
     def _top(
         self,

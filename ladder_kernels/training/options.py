@@ -96,9 +96,10 @@ class TrainOptions:
     context: int = _help("tokens a row", 2048)
 
     kind: str | None = _help(
-        "how rungs are placed: lst (one tap a rung, evenly spaced), xladder (the top layers, then "
-        "rungs without taps), explicit or adapters (no rungs: adapters above the re-entry only); "
-        "default explicit when rungs is given, else lst",
+        "how rungs are placed: auto (what learned best in the study, as far as the model allows), "
+        "lst (one tap a rung, evenly spaced), xladder (the top layers, then rungs without taps), "
+        "explicit or adapters (no rungs: adapters above the re-entry only); default auto when no "
+        "option of the ladder is given, else explicit with rungs, lst without",
         None,
     )
     every: int | None = _help("lst: backbone layers from one rung to the next (default 1)", None)
@@ -245,6 +246,8 @@ class TrainOptions:
         """
         from ladder_kernels.models.config import LadderConfig
 
+        if not self.changed_ladder_fields():
+            return LadderConfig.recommended(seed=self.seed)
         own = {f.name for f in fields(self)}
         values = {
             f.name: getattr(self, f.name)

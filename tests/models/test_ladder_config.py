@@ -59,7 +59,7 @@ def test_xladder_taps_the_top(connected: int, free: int, layers: int):
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"kind": "tree"}, "kind: found 'tree'; allowed are 'lst', 'xladder', 'explicit'"),
+    ({"kind": "tree"}, "kind: found 'tree'; allowed are 'auto', 'lst', 'xladder', 'explicit'"),
     ({"every": 0}, "every: found 0; it must be a whole number, 1 or more"),
     ({"every": 1.5}, "every: found 1.5"),
     ({"every": True}, "every: found True"),

@@ -272,7 +272,9 @@ def test_refusals(backbone_of: Any, options: dict[str, Any], message: str) -> No
 @pytest.mark.filterwarnings("ignore::ladder_kernels.models.hooked_backbone.SlowerBackboneWarning")
 def test_needs_layers_of_our_own(make: Callable[..., Any]) -> None:
     backbone = backbone_from_transformers(make("gemma"))
-    with pytest.raises(UnsupportedModelError, match=r"ladder.reentry: found 1, but 'gemma' runs"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"ladder.reentry: found 1, but 'gemma' runs on transformers"
+    ):
         LadderForCausalLM.from_backbone(backbone, LadderConfig.lst(reduction=4, reentry=1))
     with pytest.raises(UnsupportedModelError, match="low-rank adapters on 'gemma'"):
         backbone.linear_shapes()

@@ -31,7 +31,8 @@ def test_the_ladders_options_are_those_of_its_configuration():
         name = "output_kind" if option.name == "output" else option.name
         assert ours[name].default == option.default, name
         assert ours[name].type == option.type, name
-    assert TrainOptions(**NEEDED).ladder_config() == LadderConfig()
+    assert TrainOptions(**NEEDED, seed=4).ladder_config() == LadderConfig.recommended(seed=4)
+    assert TrainOptions(**NEEDED, every=1).ladder_config() == LadderConfig.lst(every=1)
     options = TrainOptions(**NEEDED, kind="xladder", free=2, output_kind="side", seed=3)
     assert options.ladder_config() == LadderConfig(kind="xladder", free=2, output="side", seed=3)
     assert TrainOptions(**NEEDED, seed=3).changed_ladder_fields() == []
