@@ -61,8 +61,9 @@ _PROMPT = f"""{INSTRUCTION}
 def mean(values):
     return sum(values) / len(values)
 ```"""
-# A training step is the frozen pass of an evaluation and the side pass, forward and backward.
-_STEP_TO_EVALUATION = 1.2
+# A training step is the passes of an evaluation and, through the upper half of the model and the
+# ladder, a backward pass.
+_STEP_TO_EVALUATION = 1.8
 _FEWEST_STEPS = 20
 
 
@@ -78,8 +79,7 @@ class DemoSettings:
         steps: Training steps, of one row each.
         seconds: Fewer steps are made if they and the evaluation after them would take longer.
         held_out_rows: Rows that perplexity is measured on, at most.
-        every: Backbone layers from one rung to the next.
-        width: Width of the ladder.
+        reduction: Width of the model divided by the width of the ladder.
         learning_rate: At its highest; it rises for the first steps and falls as a cosine.
         warmup: Steps of rising rate.
         new_tokens: Longest docstring that is generated, in tokens.
@@ -93,9 +93,8 @@ class DemoSettings:
     steps: int = 120
     seconds: float = 420.0
     held_out_rows: int = 12
-    every: int = 3
-    width: int = 72
-    learning_rate: float = 3e-3
+    reduction: int = 8
+    learning_rate: float = 2e-3
     warmup: int = 8
     new_tokens: int = 64
     seed: int = 0
@@ -385,14 +384,15 @@ class _Demo:
         place = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
         self.line(f"loading {weights.name} and quantising it, on {place} ...")
         tokenizer = load_tokenizer(weights)
-        ladder = LadderConfig.lst(every=settings.every, width=settings.width, seed=settings.seed)
+        ladder = LadderConfig.recommended(reduction=settings.reduction, seed=settings.seed)
         model = LadderForCausalLM.from_pretrained(
             weights, ladder=ladder, device="cuda" if gpu else "cpu"
         )
         trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
         self.line(
             f"{total - trained:,} parameters are frozen; a ladder of {len(model.ladder.steps())} "
-            f"rungs, {settings.width} wide, has {trained:,} to train ({trained / total:.2%})"
+            f"rungs, {model.ladder.shape.width} wide, which re-enters below the last "
+            f"{model.ladder.reentry} layers, has {trained:,} to train ({trained / total:.2%})"
         )
         return model, tokenizer
 

@@ -199,7 +199,7 @@ class LadderConfig:
                     "head_dim", self.head_dim, "it must be even: positions turn channel pairs"
                 )
 
-    def settled(self, reenters: bool) -> LadderConfig:
+    def settled(self, num_layers: int, *, reenters: bool = True) -> LadderConfig:
         """This configuration, with what "auto" means beside a certain backbone.
 
         A rung at every third layer, without attention. Where gradients can pass through layers of
@@ -207,12 +207,16 @@ class LadderConfig:
         16.
 
         Args:
-            reenters: Whether they can (:attr:`Backbone.reenters`).
+            num_layers: Layers of the backbone.
+            reenters: Whether gradients can pass through them
+                (:attr:`~ladder_kernels.models.backbone.Backbone.reenters`).
         """
         if self.kind != "auto":
             return self
-        above = {"reentry": 0.5, "adapter_rank": 16} if reenters else {}
-        return replace(self, kind="lst", every=3, block="mlp", **above)
+        above = {"reentry": 0.5, "adapter_rank": 16} if reenters and num_layers > 1 else {}
+        settled = replace(self, kind="lst", every=1, block="mlp", **above)
+        below = num_layers - settled.reentry_layers(num_layers)
+        return replace(settled, every=min(3, below))
 
     def resolve(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
         """The layers that each rung taps beside a backbone of ``num_layers`` layers, bottom first.
@@ -224,7 +228,7 @@ class LadderConfig:
         """
         below = num_layers - self.reentry_layers(num_layers)
         if self.kind == "auto":
-            return self.settled(True).resolve(num_layers)
+            return self.settled(num_layers).resolve(num_layers)
         found = f"the backbone has {num_layers} layers" + (
             f", {below} of them below the re-entry" if self.reentry else ""
         )

@@ -122,7 +122,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         ladder = LadderConfig.recommended() if ladder is None else ladder
         config = LadderModelConfig.for_backbone(
             backbone,
-            ladder.settled(backbone.reenters),
+            ladder.settled(backbone.num_layers, reenters=backbone.reenters),
             tap_dtype=str(dtype).removeprefix("torch."),
             activations=activations,
             gguf_file=gguf_file,
@@ -159,9 +159,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: A hub name or folder of a base model (float safetensors,
                 a bitsandbytes checkpoint, GGUF), or of a saved ladder.
             model_args: None are taken; here because transformers' own method has them.
-            ladder: Shape of a new ladder; default
-                :meth:`LadderConfig.recommended`. Not for a saved ladder,
-                which has its own.
+            ladder: Shape of a new ladder; default :meth:`LadderConfig.recommended`. Not for a
+                saved ladder, which has its own.
             weights: Where backbone weights live: "resident", on the model's device.
             taps: Where taps wait between the two passes: "device", the model's.
             tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32". Default bfloat16,

@@ -194,3 +194,19 @@ def test_tap_dtypes():
     assert tap_dtype_of(torch.bfloat16) is torch.bfloat16
     with pytest.raises(ConfigError, match="'int8'; allowed are 'bfloat16', 'float16', 'float32'"):
         tap_dtype_of("int8")
+
+
+@pytest.mark.parametrize("reenters", [True, False])
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 6, 30])
+def test_the_recommended_ladder_fits_any_depth(layers, reenters):
+    config = LadderConfig.recommended(seed=2)
+    settled = config.settled(layers, reenters=reenters)
+    assert settled.settled(layers) is settled
+    assert (settled.seed, settled.reduction, settled.block) == (2, 8, "mlp")
+    reentry = settled.reentry_layers(layers)
+    assert reentry == (round(layers / 2) if reenters and layers > 1 else 0)
+    assert bool(settled.adapter_rank) == bool(reentry)
+    rungs = settled.resolve(layers)
+    assert rungs[-1] == (layers - reentry,)
+    if reenters:
+        assert config.resolve(layers) == rungs

@@ -270,6 +270,22 @@ def test_refusals(backbone_of: Any, options: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore::ladder_kernels.models.hooked_backbone.SlowerBackboneWarning")
+@pytest.mark.parametrize(("family", "reentry"), [("llama", 2), ("gemma", 0)])
+def test_the_default_is_what_the_backbone_allows(
+    make: Callable[..., Any], family: str, reentry: int
+) -> None:
+    backbone = backbone_from_transformers(make(family))
+    model = LadderForCausalLM.from_backbone(backbone)
+    assert backbone.reenters == bool(reentry)
+    assert (model.ladder.reentry, len(model.ladder.adapters)) == (reentry, reentry)
+    assert model.config.ladder["kind"] == "lst"
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    seeded = LadderForCausalLM.from_backbone(backbone, LadderConfig.recommended(seed=5))
+    assert seeded.config.ladder_config.seed == 5
+
+
+@pytest.mark.filterwarnings("ignore::ladder_kernels.models.hooked_backbone.SlowerBackboneWarning")
 def test_needs_layers_of_our_own(make: Callable[..., Any]) -> None:
     backbone = backbone_from_transformers(make("gemma"))
     with pytest.raises(
