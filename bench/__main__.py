@@ -1,11 +1,21 @@
-"""Run every benchmark: ``python -m bench``, or ``make bench``."""
+"""Run every benchmark: ``python -m bench``, or ``make bench``.
+
+The studies, which take longer, are run by themselves: ``python -m bench.quantization`` and
+``python -m bench.learning run``.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-BENCHES = ("bench.nf4_linear", "bench.nf4_quantize")
+BENCHES = (
+    "bench.nf4_linear",
+    "bench.nf4_linear_int8",
+    "bench.linear_cross_entropy",
+    "bench.nf4_quantize",
+    "bench.train_step",
+)
 """Each runs in a process of its own."""
 
 

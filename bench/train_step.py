@@ -5,9 +5,10 @@
 
 QLoRA is PEFT on bitsandbytes' NF4 layers in transformers, with and without gradient checkpointing,
 and once more with ``accelerate_4bit``. All candidates have the same NF4 base, the same tokens and
-AdamW, and they take turns in one process. Before anything is timed, each must lower its loss on the
-batch. "ladder, packed" has the same tokens as eight documents; "int8 activations" rounds what
-enters the frozen layers to 8 bits.
+AdamW, and they take turns in one process. "our adapters on all layers" is the same QLoRA on this
+library's layers; "recommended ladder" re-enters the model below its upper half. Before anything is
+timed, each must lower its loss on the batch. "packed" has the same tokens as eight documents; "int8
+activations" rounds what enters the frozen layers to 8 bits.
 """
 
 from __future__ import annotations
@@ -88,12 +89,21 @@ def _candidates(
     batch = {"input_ids": ids, "labels": labels}
     positions = torch.arange(context)[None] % (context // _DOCUMENTS)
 
+    plain = lk.LadderConfig.lst(every=3, width=72)
+    recommended = lk.LadderConfig.recommended()
+    everywhere = lk.LadderConfig.adapters(backbone.num_layers, options.rank)
+
     def ladder(
-        *, backend: str = "auto", activations: str = "exact", **more: torch.Tensor
+        config: lk.LadderConfig = plain,
+        *,
+        backend: str = "auto",
+        activations: str = "exact",
+        recompute: bool = False,
+        **more: torch.Tensor,
     ) -> tuple[Callable[[], object], int]:
-        config = lk.LadderConfig.lst(every=3, width=72)
         model = lk.LadderForCausalLM.from_backbone(backbone, config, activations=activations)
-        step = _step(model.train(), {**batch, **more}, 3e-3)
+        model.gradient_checkpointing = recompute
+        step = _step(model.train(), {**batch, **more}, 2e-3)
 
         def on_backend() -> object:
             with lk.use_backend(backend):
@@ -122,6 +132,11 @@ def _candidates(
         "ladder, packed": ladder(position_ids=positions),
         "ladder, int8 activations": ladder(activations="int8"),
         "ladder on reference operations": ladder(backend="reference"),
+        "recommended ladder": ladder(recommended),
+        "recommended ladder, recomputed": ladder(recommended, recompute=True),
+        "recommended ladder, packed": ladder(recommended, position_ids=positions),
+        "our adapters on all layers": ladder(everywhere),
+        "our adapters on all layers, packed": ladder(everywhere, position_ids=positions),
         "QLoRA (bitsandbytes)": qlora(checkpointing=False),
         "QLoRA, gradient checkpointing": qlora(checkpointing=True),
         "QLoRA with accelerate_4bit": qlora(checkpointing=False, ours=True),

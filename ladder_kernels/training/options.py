@@ -162,7 +162,7 @@ class TrainOptions:
     max_steps: int | None = _help("stop after so many optimizer steps; overrides epochs", None)
     batch_size: int = _help("rows a step and process", 1)
     gradient_accumulation: int = _help("micro-batches an optimizer step", 1)
-    learning_rate: float = _help("largest learning rate", 1e-3)
+    learning_rate: float = _help("largest learning rate", 2e-3)
     schedule: str = _help(f"of the learning rate: {', '.join(SCHEDULES)}", "cosine")
     warmup: float = _help("share of the steps, or from 1 on the number, of rising rate", 0.03)
     weight_decay: float = _help("decoupled weight decay", 0.0)
