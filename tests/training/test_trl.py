@@ -31,9 +31,9 @@ ARGUMENTS: dict[str, Any] = {
 def sft(
     model: LadderForCausalLM, rows: datasets.Dataset, tokenizer: Any, output: Path, **options: Any
 ) -> SFTTrainer:
-    """As the README has it: gradient checkpointing, TRL's default, is off."""
+    """As the README has it: gradient checkpointing, TRL's default, is off unless asked for."""
     arguments = SFTConfig(
-        output_dir=str(output), gradient_checkpointing=False, **{**ARGUMENTS, **options}
+        output_dir=str(output), **{"gradient_checkpointing": False, **ARGUMENTS, **options}
     )
     return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
@@ -92,3 +92,20 @@ def test_sft_options(
     )
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_gradient_checkpointing_recomputes_the_layers_above_a_re_entry(
+    rows: datasets.Dataset, tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path
+):
+    """TRL's default: the same losses, by bits."""
+    found = []
+    for recompute in (False, True):
+        model = make_model(reentry=1, adapter_rank=2)
+        trainer = sft(
+            model, rows, tokenizer, tmp_path / str(recompute), gradient_checkpointing=recompute
+        )
+        trainer.train()
+        assert model.gradient_checkpointing == recompute
+        found.append(losses(trainer))
+    assert found[0] == found[1]
+    assert found[0][-1] < found[0][0]
