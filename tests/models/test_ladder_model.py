@@ -176,12 +176,12 @@ def test_one_frozen_pass_a_forward(backbone: Backbone, monkeypatch: pytest.Monke
     layers: list[int] = []
     run = type(backbone)._run
 
-    def counted(self: Any, tokens: Any, layout: Any, cache: Any, emit: Any) -> None:
+    def counted(self: Any, tokens: Any, layout: Any, cache: Any, emit: Any, stop: int) -> None:
         def noted(layer: int, state: torch.Tensor) -> None:
             layers.append(layer)
             emit(layer, state)
 
-        run(self, tokens, layout, cache, noted)
+        run(self, tokens, layout, cache, noted, stop)
 
     monkeypatch.setattr(type(backbone), "_run", counted)
     model(IDS, labels=IDS, return_logits=True).loss.backward()
@@ -276,9 +276,8 @@ def test_modes(backbone: Backbone):
 
 
 def test_default_ladder(backbone: Backbone):
-    assert LadderForCausalLM.from_backbone(
-        backbone, LadderConfig.lst(reduction=16)
-    ).config.ladder == (LadderForCausalLM.from_backbone(backbone).config.ladder)
+    wanted = LadderConfig.recommended().settled(backbone.num_layers, reenters=backbone.reenters)
+    assert LadderForCausalLM.from_backbone(backbone).config.ladder_config == wanted
 
 
 @pytest.mark.parametrize(

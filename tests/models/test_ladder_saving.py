@@ -129,7 +129,9 @@ def test_options_of_loading(saved: Path, base: Path):
     model = LadderForCausalLM.from_pretrained(saved, dtype="bfloat16", tap_dtype=torch.float32)
     assert (model.dtype, model.tap_dtype) == (torch.bfloat16, torch.float32)
     assert model.config.tap_dtype == "float32"
-    assert LadderForCausalLM.from_pretrained(base).config.ladder_config == LadderConfig.lst()
+    fresh = LadderForCausalLM.from_pretrained(base)
+    wanted = LadderConfig.recommended().settled(fresh.backbone.num_layers)
+    assert fresh.config.ladder_config == wanted
 
 
 def test_transformers_auto_classes_load_it(model: LadderForCausalLM, saved: Path):
