@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
@@ -41,6 +41,16 @@ def make_gate(mode, width, dtype, generator=None):
     taps=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
+@example(  # a gate's gradient that is small beside its terms
+    dtype=torch.float32,
+    tap_dtype=torch.bfloat16,
+    mode="gate",
+    leading=[],
+    narrow=6,
+    wide=21,
+    taps=2,
+    seed=49,
+)
 def test_values_and_gradients(
     assert_as_accurate, dtype, tap_dtype, mode, leading, narrow, wide, taps, seed
 ):
@@ -67,7 +77,16 @@ def test_values_and_gradients(
     exact = compute(plain, torch.float64)
     for ours, theirs, true in zip(actual, same, exact, strict=True):
         assert ours.dtype == dtype
-        assert_as_accurate(ours, theirs, true)
+        if true.numel() == 1 and true is exact[-1] and mode == "gate":
+            # One sum over all tokens and channels, whose terms may cancel: it is held to their
+            # size, since the other expression's error in one number is luck.
+            z = plain(torch.zeros_like(side).double(), [t.double() for t in read],
+                      [d.double() for d in downs], None, "sum")  # fmt: skip
+            terms = grad.double() * (side.double() - z)
+            allowed = torch.finfo(dtype).eps * true.abs().max() + 1e-6 * terms.abs().sum()
+            assert (ours.double() - true).abs().max() <= allowed
+        else:
+            assert_as_accurate(ours, theirs, true)
 
 
 @pytest.mark.parametrize("mode", MODES)
