@@ -63,7 +63,7 @@ def mean(values):
 ```"""
 # A training step is the passes of an evaluation and, through the upper half of the model and the
 # ladder, a backward pass.
-_STEP_TO_EVALUATION = 1.8
+_STEP_TO_EVALUATION = 2.1
 _FEWEST_STEPS = 20
 
 

@@ -85,12 +85,9 @@ METHODS: Mapping[str, Method] = {
     "ladder, attention": Method(config=_lst(every=3, width=72)),
     "probe": Method(config=_ladder(0.0, rungs=1, width=144)),
     # Ladders that re-enter below the top share of the layers.
-    "re-entry 1/8": Method(config=_ladder(1 / 8)),
     "re-entry 1/4": Method(config=_ladder(0.25)),
     "re-entry 1/2": Method(config=_ladder(0.5)),
-    "re-entry 1/4 + r16": Method(config=_ladder(0.25, rank=16), adapter_rate=2e-3),
     "re-entry 1/2 + r16": Method(config=_ladder(0.5, rank=16), adapter_rate=2e-3),
-    "re-entry 2/3 + r16": Method(config=_ladder(2 / 3, rank=16), adapter_rate=1e-3),
     # Sizes of the same ladder, for the slopes.
     "re-entry 1/2 d18": Method(config=_ladder(0.5, width=18)),
     "re-entry 1/2 d288": Method(config=_ladder(0.5, width=288)),

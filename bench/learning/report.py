@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench.learning.results import Result
-from bench.learning.studies import COST
+from bench.learning.studies import COST, QLORA_STEPS
 from bench.rows import RESULTS
 
 __all__ = ["markdown", "slope", "write"]
@@ -69,7 +69,7 @@ def _cells(group: list[Result], metric: str, extra: Sequence[str]) -> list[str]:
     trial = group[0].trial
     name = trial.method + (f", rates x {trial.rate:g}" if trial.rate != 1 else "")
     cost = COST.get(trial.method)
-    time = f"{trial.steps * cost / (_LEAST[trial.task] * COST['qlora']):.2f}" if cost else ""
+    time = f"{trial.steps * cost / (QLORA_STEPS[trial.task] * COST['qlora']):.2f}" if cost else ""
     return [
         trial.study,
         trial.base,
@@ -80,9 +80,6 @@ def _cells(group: list[Result], metric: str, extra: Sequence[str]) -> list[str]:
         str(len(group)),
         *(_spread([result.figures[key] for result in group]) for key in (metric, "loss", *extra)),
     ]
-
-
-_LEAST = {"docstrings": 40, "nlu": 60, "maths": 60, "critic": 60}
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -165,7 +162,7 @@ def _plot_scaling(results: Sequence[Result], path: Path) -> None:
             for r in results
             if belongs(r.trial.method)
             and (r.trial.task, r.trial.base) == ("docstrings", "calibrated")
-            and (r.trial.steps, r.trial.seed, r.trial.rate) == (_LEAST["docstrings"], 0, 1.0)
+            and (r.trial.steps, r.trial.seed, r.trial.rate) == (QLORA_STEPS["docstrings"], 0, 1.0)
         }
         if len(points) > 2:
             drawn[label] = sorted(points.items())

@@ -2,7 +2,8 @@
 
 Steps at equal time come from :data:`COST`: seconds of a step, of the methods in turns, on one
 thread of one machine. They are figures of this library on a CPU, where QLoRA's step is the same
-code with adapters on every layer. ``bench/learning_cost.py`` measures them again.
+code with adapters on every layer. ``python -m bench.learning cost`` measures
+them anew, with all threads.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ from typing import Any
 
 from bench.learning.trial import Trial
 
-__all__ = ["COST", "STUDIES", "equal_time"]
+__all__ = ["COST", "QLORA_STEPS", "STUDIES", "equal_time"]
 
 _SEEDS = (0, 1, 2)
 _STEPS = 40
 _TASK_STEPS = 60
+QLORA_STEPS = {
+    "docstrings": _STEPS,
+    "nlu": _TASK_STEPS,
+    "maths": _TASK_STEPS,
+    "critic": _TASK_STEPS,
+}
+"""Steps of QLoRA whose time others are given, by task."""
+
 _WINNER = "re-entry 1/2 + r16"
 
 

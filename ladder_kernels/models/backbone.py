@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         self.name_or_path = name_or_path
         self.softcap: float | None = None
         self.logit_scale = 1.0
-        self._activations = "exact"
+        self._rounded_below = 0
         self.register_buffer("head_bias", None, persistent=False)
 
     @property
@@ -125,6 +125,9 @@ class Backbone(nn.Module):
         """
 
     @abstractmethod
+    def _block_modules(self) -> Sequence[nn.Module]:
+        """The blocks, bottom first."""
+
     def _top(
         self,
         hidden: torch.Tensor,
@@ -134,7 +137,12 @@ class Backbone(nn.Module):
         adapters: Sequence[BlockAdapters],
         recompute: bool,
     ) -> torch.Tensor:
-        """Run the layers after the first ``start``; see :meth:`top_pass`."""
+        """Run the layers after the first ``start``; see :meth:`top_pass`.
+
+        A backbone that a ladder cannot re-enter has none to run.
+        """
+        self.check_reentry(self.num_layers - start)
+        return hidden
 
     def check_reentry(self, reentry: int) -> None:
         """Refuse a re-entry below the last ``reentry`` layers where it is not possible.
@@ -329,7 +337,7 @@ class Backbone(nn.Module):
             if layer == stop:
                 hidden.copy_(state)
 
-        self._take_activations(activations)
+        self._round_below(stop if activations == "int8" else 0)
         with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
             self._run(tokens, layout.to(self.device), cache, emit, stop)
         return FrozenPass(taps=taps, hidden=hidden)
@@ -346,8 +354,8 @@ class Backbone(nn.Module):
     ) -> torch.Tensor:
         """Run the layers above a re-entry, through which gradients may flow.
 
-        Activations are exact here: rounded ones have no gradient. As the frozen pass, it runs in
-        the backbone's dtype, autocast or not.
+        Activations are exact above ``start``, whatever the frozen pass before took: rounded ones
+        have no gradient. As that pass, it runs in the backbone's dtype, autocast or not.
 
         Args:
             hidden: The residual stream that enters layer ``start + 1``, ``[B, S, D]``.
@@ -364,17 +372,26 @@ class Backbone(nn.Module):
         Raises:
             UnsupportedModelError: See :meth:`check_reentry`.
         """
-        self._take_activations("exact")
+        self._round_below(min(self._rounded_below, start))
         with torch.autocast(self.device.type, enabled=False):
             states, placed = hidden.to(self.dtype), layout.to(self.device)
             recompute = recompute and torch.is_grad_enabled()
             return self._top(states, placed, cache, start, adapters, recompute)
 
-    def _take_activations(self, activations: str) -> None:
-        if activations != self._activations:
-            for _, linear in self._nf4_layers():
-                linear.activations = activations
-            self._activations = activations
+    def _round_below(self, stop: int) -> None:
+        """Let quantised layers take rounded inputs in the first ``stop`` blocks, exact ones above.
+
+        A no-op from one step to the next.
+        """
+        if stop == self._rounded_below:
+            return
+        for _, linear in self._nf4_layers():
+            linear.activations = "exact"
+        for block in list(self._block_modules())[:stop]:
+            for layer in block.modules():
+                if isinstance(layer, NF4Linear):
+                    layer.activations = "int8"
+        self._rounded_below = stop
 
     def final_norm(self, y: torch.Tensor) -> torch.Tensor:
         """The frozen norm before the head.

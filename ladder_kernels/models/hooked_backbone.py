@@ -23,7 +23,6 @@ from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models.backbone import Backbone, Quantization
 from ladder_kernels.models.weights import TensorSource, WeightReader
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear, move_exactly
 
@@ -260,17 +259,8 @@ class HookedBackbone(Backbone):
                 return width
         return 4 * self.hidden_size
 
-    def _top(
-        self,
-        hidden: torch.Tensor,
-        layout: SequenceLayout,
-        cache: Any,
-        start: int,
-        adapters: Sequence[BlockAdapters],
-        recompute: bool,
-    ) -> torch.Tensor:
-        self.check_reentry(self.num_layers - start)
-        return hidden
+    def _block_modules(self) -> Sequence[nn.Module]:
+        return self._part(self.family.layers)
 
     def _run(
         self,

@@ -19,9 +19,9 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ladder_kernels.errors import ConfigError, UnsupportedModelError
+from ladder_kernels.errors import ConfigError
 from ladder_kernels.models import checkpoint, pretrained
 from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.config import (
@@ -30,7 +30,9 @@ from ladder_kernels.models.config import (
     check_activations,
     tap_dtype_of,
 )
+from ladder_kernels.models.headless import Headless
 from ladder_kernels.models.ladder import Ladder
+from ladder_kernels.models.vocabulary import FrozenVocabulary
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.ops import linear_cross_entropy
 
@@ -39,7 +41,7 @@ __all__ = ["LadderForCausalLM"]
 _IGNORE = -100
 
 
-class LadderForCausalLM(PreTrainedModel, GenerationMixin):
+class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
     """A causal language model whose backbone is frozen and whose ladder is trained.
 
     Make one with :meth:`from_pretrained` or :meth:`from_backbone`. It behaves as a transformers
@@ -346,18 +348,6 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             tensors += [*self.buffers(), *self._backbone.buffers(), *self._backbone.parameters()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embeddings, frozen, sharing its memory."""
-        return nn.Embedding.from_pretrained(self._backbone.embedding, freeze=True)
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Refused: the embeddings are frozen with the rest of the backbone.
-
-        Raises:
-            UnsupportedModelError: Always.
-        """
-        raise UnsupportedModelError("the embeddings of a frozen backbone cannot be replaced")
-
     @property
     def base_model(self) -> nn.Module:
         """The model without its head, as transformers means it.
@@ -366,33 +356,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         (``last_hidden_state``, ``[B, S, D]``); a softcap of the logits is in the configuration, as
         ``final_logit_softcapping``. Trainers with a loss of their own, such as TRL's, start here.
         """
-        return _Headless(self)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The frozen head as a linear layer, sharing its memory unless it is quantised."""
-        head = self._backbone.head
-        weight = head if isinstance(head, torch.Tensor) else head.dequantize(self.dtype)
-        linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if self._backbone.head_bias is not None:
-            linear.bias = nn.Parameter(self._backbone.head_bias, requires_grad=False)
-        return linear
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Refused: the head is frozen with the rest of the backbone.
-
-        Raises:
-            UnsupportedModelError: Always.
-        """
-        raise UnsupportedModelError("the head of a frozen backbone cannot be replaced")
-
-    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Module:
-        """Refused: the vocabulary is frozen with the rest of the backbone.
-
-        Raises:
-            UnsupportedModelError: Always.
-        """
-        raise UnsupportedModelError("the vocabulary of a frozen backbone cannot be resized")
+        return Headless(self)
 
     # Forward --------------------------------------------------------------------------------------
 
@@ -618,33 +582,6 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
                 softcap=backbone.softcap,
                 logit_scale=backbone.logit_scale,
             )
-
-
-class _Headless(nn.Module):
-    """A ladder model up to its head; parameters stay the model's."""
-
-    def __init__(self, model: LadderForCausalLM) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **options: Any,
-    ) -> BaseModelOutputWithPast:
-        """States before the head; arguments are those of the model's forward."""
-        model: Any = self._model
-        given = model._given(input_ids, inputs_embeds)
-        layout = model._layout(given, attention_mask, position_ids, past_key_values)
-        y = model._top(input_ids, inputs_embeds, layout, past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=model._before_head(y),
-            past_key_values=past_key_values,
-        )
 
 
 def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:

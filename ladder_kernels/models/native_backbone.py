@@ -258,6 +258,9 @@ class NativeBackbone(Backbone):
             hidden = block(hidden, layout, rotary, cache)
             emit(layer, hidden)
 
+    def _block_modules(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
     def _top(
         self,
         hidden: torch.Tensor,

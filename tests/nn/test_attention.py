@@ -268,3 +268,32 @@ def test_attend_with_fewer_keys_than_the_layout():
     k, v = torch.randn(2, 1, 2, 8, 8)
     whole = attend(q, k, v, layout, window=4)
     torch.testing.assert_close(attend(q, k[:, :, 3:], v[:, :, 3:], layout, window=4), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_as_accurate_as_pytorchs(dtype):
+    generator = torch.Generator().manual_seed(3)
+    layout = SequenceLayout.build(
+        1, 24, position_ids=torch.tensor([[*range(10), *range(14)]]), past_length=0
+    )
+    q, k, v, grad = (
+        torch.randn(1, heads, 24, 8, generator=generator).to(dtype) for heads in (4, 2, 2, 4)
+    )
+
+    def gradients(to, attention):
+        leaves = [t.to(to).requires_grad_() for t in (q, k, v)]
+        out = attention(*leaves)
+        flat = grad.to(to).transpose(1, 2).flatten(2)
+        return [out.detach(), *torch.autograd.grad(out, leaves, flat)]
+
+    def plain(q, k, v):
+        mask = layout.mask()
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    found = gradients(dtype, lambda q, k, v: attend(q, k, v, layout))
+    same, exact = gradients(dtype, plain), gradients(torch.float64, plain)
+    for ours, theirs, true in zip(found, same, exact, strict=True):
+        assert ours.dtype == dtype
+        allowed = 2 * (theirs.double() - true).abs().max() + 1e-5 * true.abs().max()
+        assert (ours.double() - true).abs().max() <= allowed

@@ -77,16 +77,7 @@ def test_values_and_gradients(
     exact = compute(plain, torch.float64)
     for ours, theirs, true in zip(actual, same, exact, strict=True):
         assert ours.dtype == dtype
-        if true.numel() == 1 and true is exact[-1] and mode == "gate":
-            # One sum over all tokens and channels, whose terms may cancel: it is held to their
-            # size, since the other expression's error in one number is luck.
-            z = plain(torch.zeros_like(side).double(), [t.double() for t in read],
-                      [d.double() for d in downs], None, "sum")  # fmt: skip
-            terms = grad.double() * (side.double() - z)
-            allowed = torch.finfo(dtype).eps * true.abs().max() + 1e-6 * terms.abs().sum()
-            assert (ours.double() - true).abs().max() <= allowed
-        else:
-            assert_as_accurate(ours, theirs, true)
+        assert_as_accurate(ours, theirs, true)
 
 
 @pytest.mark.parametrize("mode", MODES)

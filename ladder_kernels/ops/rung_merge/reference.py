@@ -80,10 +80,11 @@ def rung_merge_backward(
         dside = torch.empty_like(side, memory_format=torch.contiguous_format)
         dside.view(along.shape).copy_(wide)
 
-    # A value per channel; the gradient of a scalar gate is their sum.
-    dgate = along.new_zeros(along.shape[1])
+    # A value per channel; the gradient of a scalar gate is their sum. Its two halves nearly cancel:
+    # they are multiplied and summed in float64.
+    dgate = along.new_zeros(along.shape[1], dtype=torch.float64)
     if need_gate:
-        dgate += (along * flatten_rows(side)).sum(0)
+        dgate += (along.double() * flatten_rows(side)).sum(0)
     ddowns = []
     for tap, down, needed in zip(taps, downs, need_downs, strict=True):
         if not (needed or need_gate):
@@ -94,7 +95,7 @@ def rung_merge_backward(
         for start, stop in blocks(rows.shape[0], TOKENS):
             product.addmm_(along[start:stop].t(), normalize(rows[start:stop], eps, dtype))
         if need_gate:
-            dgate -= (product * down).sum(1)
+            dgate -= (product.double() * down).sum(1)
         if weight is not None:
             product *= (1 - weight).unsqueeze(1)
         ddowns.append(product.to(down.dtype) if needed else down.new_empty(0))
