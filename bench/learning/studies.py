@@ -1,9 +1,8 @@
 """Which trials answer which question.
 
-Steps at equal time come from :data:`COST`: seconds of a step, of the methods in turns, on one
-thread of one machine. They are figures of this library on a CPU, where QLoRA's step is the same
-code with adapters on every layer. ``python -m bench.learning cost`` measures
-them anew, with all threads.
+Steps at equal time come from :data:`COST`, which ``python -m bench.learning cost`` measures: seconds
+of a step, of the methods in turns, on two cores that do nothing else. They are figures of this
+library on a CPU, where QLoRA's step is the same code with adapters on every layer.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ def equal_time(method: str, steps: int) -> int:
 
 
 COST = {
-    "qlora": 4.35,
-    "re-entry 1/2 + r16": 3.1,
-    "re-entry 1/2": 3.05,
-    "re-entry 1/4": 2.42,
-    "ladder": 1.62,
+    "qlora": 3.58,
+    "re-entry 1/2 + r16": 2.05,
+    "re-entry 1/2": 2.03,
+    "re-entry 1/4": 1.43,
+    "ladder": 0.79,
 }
 """Seconds of a step of 2,048 packed tokens, 400 of them with a label, by method."""
 
