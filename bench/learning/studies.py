@@ -1,8 +1,8 @@
 """Which trials answer which question.
 
-Steps at equal time come from :data:`COST`, which ``python -m bench.learning cost`` measures: seconds
-of a step, of the methods in turns, on two cores that do nothing else. They are figures of this
-library on a CPU, where QLoRA's step is the same code with adapters on every layer.
+Steps at equal time come from :data:`COST`, which ``python -m bench.learning cost`` measures:
+seconds of a step, of the methods in turns, on two cores that do nothing else. They are figures of
+this library on a CPU, where QLoRA's step is the same code with adapters on every layer.
 """
 
 from __future__ import annotations
