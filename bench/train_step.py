@@ -23,6 +23,7 @@ import torch
 
 import ladder_kernels as lk
 from bench import rows as results
+from bench.qlora import peft_qlora
 from bench.timing import alternate
 from ladder_kernels.demo import find_weights
 
@@ -112,15 +113,7 @@ def _candidates(
         return _checked(f"ladder, {backend}", on_backend), model.num_parameters(True)
 
     def qlora(*, checkpointing: bool, ours: bool = False) -> tuple[Callable[[], object], int]:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
-        if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.config.use_cache = False
-        lora = LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(base, lora).train()
+        model = peft_qlora(folder, dtype=dtype, rank=options.rank, checkpointing=checkpointing)
         if ours:
             lk.accelerate_4bit(model)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

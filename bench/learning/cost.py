@@ -6,7 +6,10 @@ A step is one row of 2,048 packed tokens of the docstrings task, in the compute 
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from bench.learning.data import batches, rows_of
 from bench.learning.methods import method_of
 from bench.learning.tasks import load_task
 from bench.memory import bytes_beyond
+from bench.qlora import peft_qlora
 from bench.timing import alternate
 from ladder_kernels import LadderForCausalLM
 from ladder_kernels.demo import find_weights
@@ -25,6 +29,22 @@ from ladder_kernels.training.data import load_tokenizer
 __all__ = ["measure"]
 
 _RECOMPUTED = ", recomputed"
+_PEFT = "qlora by PEFT on bitsandbytes"
+_RANK = 16
+
+
+def _model(name: str, backbone: Backbone) -> Any:
+    recomputed = name.endswith(_RECOMPUTED)
+    name = name.removesuffix(_RECOMPUTED)
+    if name == _PEFT:
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / "base"
+            backbone.save_pretrained(base)
+            return peft_qlora(base, dtype=backbone.dtype, rank=_RANK, checkpointing=recomputed)
+    config = method_of(name).config(backbone.num_layers, 0)
+    model = LadderForCausalLM.from_backbone(backbone, config).train()
+    model.gradient_checkpointing = recomputed
+    return model
 
 
 def _step(name: str, backbone: Backbone) -> tuple[Callable[[], None], int]:
@@ -32,11 +52,9 @@ def _step(name: str, backbone: Backbone) -> tuple[Callable[[], None], int]:
     tokenizer = load_tokenizer(find_weights())
     task = load_task("docstrings")
     batch = batches(rows_of(task, task.train[:400], tokenizer, 1), tokenizer)[0]
-    method = method_of(name.removesuffix(_RECOMPUTED))
-    model = LadderForCausalLM.from_backbone(backbone, method.config(backbone.num_layers, 0))
-    model.train()
-    model.gradient_checkpointing = name.endswith(_RECOMPUTED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model = _model(name, backbone)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def step() -> None:
         loss = model(**batch).loss
@@ -44,7 +62,7 @@ def _step(name: str, backbone: Backbone) -> tuple[Callable[[], None], int]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, model.num_parameters(only_trainable=True)
+    return step, sum(p.numel() for p in trained)
 
 
 def _bytes(name: str) -> int:

@@ -66,9 +66,12 @@ def _lst(**options: object) -> Callable[[int, int], LadderConfig]:
     return config
 
 
-def _xladder(connected: int, free: int, width: int) -> Callable[[int, int], LadderConfig]:
+def _xladder(
+    connected: int, free: int, width: int, share: float = 0.0
+) -> Callable[[int, int], LadderConfig]:
     def config(layers: int, seed: int) -> LadderConfig:
-        return LadderConfig.xladder(connected, free, width=width, seed=seed)
+        reentry = round(share * layers)
+        return LadderConfig.xladder(connected, free, width=width, reentry=reentry, seed=seed)
 
     return config
 
@@ -88,12 +91,18 @@ METHODS: Mapping[str, Method] = {
     "re-entry 1/4": Method(config=_ladder(0.25)),
     "re-entry 1/2": Method(config=_ladder(0.5)),
     "re-entry 1/2 + r16": Method(config=_ladder(0.5, rank=16), adapter_rate=2e-3),
+    "re-entry 3/4 + r16": Method(config=_ladder(0.75, rank=16), adapter_rate=2e-3),
     # Sizes of the same ladder, for the slopes.
     "re-entry 1/2 d18": Method(config=_ladder(0.5, width=18)),
+    "re-entry 1/2 d36": Method(config=_ladder(0.5, width=36)),
+    "re-entry 1/2 d144": Method(config=_ladder(0.5, width=144)),
     "re-entry 1/2 d288": Method(config=_ladder(0.5, width=288)),
-    # Eight connected rungs against four connected and four free ones, of equal width.
+    # Eight connected rungs against four connected and four free ones, of about equal size; then,
+    # with the widths that make them equal (2.82 M and 2.81 M), below a re-entry.
     "lst of 8": Method(config=_lst(every=4, width=144)),
     "xladder 4+4": Method(config=_xladder(4, 4, 160)),
+    "lst of 8, re-entry 1/2": Method(config=_ladder(0.5, rungs=8, width=144, block="attention")),
+    "xladder 4+4, re-entry 1/2": Method(config=_xladder(4, 4, 154, 0.5)),
 }
 """Every method by the name that rows of results have."""
 

@@ -1,8 +1,9 @@
 """Which trials answer which question.
 
 Steps at equal time come from :data:`COST`, which ``python -m bench.learning cost`` measures:
-seconds of a step, of the methods in turns, on two cores that do nothing else. They are figures of
-this library on a CPU, where QLoRA's step is the same code with adapters on every layer.
+seconds of a step, of the methods in turns, on two cores that do nothing else. QLoRA counts twice:
+as PEFT runs it on bitsandbytes, and as this library runs it, with the same code as its ladders and
+adapters on every layer, which is the harder race.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from bench.learning.trial import Trial
 
-__all__ = ["COST", "QLORA_STEPS", "STUDIES", "equal_time"]
+__all__ = ["COST", "PEFT", "QLORA_STEPS", "STUDIES", "equal_time"]
 
 _SEEDS = (0, 1, 2)
 _STEPS = 40
@@ -25,12 +26,16 @@ QLORA_STEPS = {
 }
 """Steps of QLoRA whose time others are given, by task."""
 
+PEFT = "qlora by PEFT on bitsandbytes"
+"""QLoRA as its users run it; what it learns is what "qlora" learns."""
+
 _WINNER = "re-entry 1/2 + r16"
+_NEARER = "re-entry 3/4 + r16"
 
 
-def equal_time(method: str, steps: int) -> int:
-    """Steps of ``method`` in the time of ``steps`` steps of QLoRA."""
-    return round(steps * COST["qlora"] / COST[method])
+def equal_time(method: str, steps: int, qlora: str = "qlora") -> int:
+    """Steps of ``method`` in the time of ``steps`` steps of QLoRA, run as ``qlora``."""
+    return round(steps * COST[qlora] / COST[method])
 
 
 COST = {

@@ -28,6 +28,7 @@ import torch
 
 from ladder_kernels.backend import get_backend, say_fallback, use_backend, warn_once
 from ladder_kernels.errors import BackendError
+from ladder_kernels.ops import _triton
 
 __all__ = ["register_autograd", "run"]
 
@@ -97,6 +98,10 @@ def _best(
 ) -> Callable[..., Any] | None:
     """What the operation ships for the device, if it can run; else None, having said why."""
     backend = _FOR_DEVICE.get(device.type)
+    missing = _triton.missing() if backend == "triton" else None
+    if backend is not None and missing is not None:
+        say_fallback(backend, missing)
+        return None
     shipped = None if backend is None else _function(op, backend, function)
     if backend is None or shipped is None:
         if device.type != "cpu":
@@ -119,11 +124,15 @@ def _forced(
 ) -> Callable[..., Any] | None:
     """The implementation of a backend asked for by name; None where PyTorch's is the only one."""
     needed = "cuda" if backend == "triton" else "cpu"
-    if device.type != needed:
+    on_host = backend == "triton" and device.type == "cpu" and _triton.host() is not None
+    if device.type != needed and not on_host:
         raise BackendError(
             f"{op}: backend '{backend}' needs tensors on device type '{needed}', found "
             f"'{device.type}'; allowed there are 'auto' and 'reference'"
         )
+    reason = _triton.missing() if backend == "triton" else None
+    if reason is not None:
+        raise BackendError(f"{op}: backend '{backend}' cannot run this call: {reason}")
     implementation = _function(op, backend, function)
     if implementation is None:
         if backend == "cpu":
