@@ -45,8 +45,8 @@ def markdown(results: Sequence[Result]) -> str:
         metric = metric_of(task)
         extra = ["steps", "answer_tokens"] if task == "maths" else []
         header = [
-            "study", "base", "method", "trained", "steps", "time, QLoRA = 1", "time, PEFT's QLoRA = 1", "seeds",
-            metric, "loss", *extra,
+            "study", "base", "method", "trained", "steps", "time, QLoRA = 1",
+            "time, PEFT's QLoRA = 1", "seeds", metric, "loss", *extra,
         ]  # fmt: skip
         parts += [f"## {task}", "", _line(header), _line(["---"] * len(header))]
         for group in _groups(r for r in results if r.trial.task == task):
