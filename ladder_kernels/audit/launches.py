@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ladder_kernels.ops._triton import on_host
+from ladder_kernels.ops._triton import HOST_TARGET, on_host
 
 __all__ = ["Launch", "launch_of", "recording"]
 
@@ -131,10 +131,13 @@ def _divisible(value: Any) -> bool:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording(target: str = HOST_TARGET) -> Iterator[list[Launch]]:
     """Within it, launches of Triton kernels are collected and nothing runs.
 
     Launchers may be given tensors of the device "meta", which have shapes and no memory.
+
+    Args:
+        target: The GPU that launchers choose their configurations for.
 
     Yields:
         The launches so far, in their order.
@@ -149,7 +152,7 @@ def recording() -> Iterator[list[Launch]]:
     before = JITFunction.run
     JITFunction.run = run
     try:
-        with on_host("recorder"):
+        with on_host("recorder", target):
             yield launches
     finally:
         JITFunction.run = before

@@ -16,7 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Host", "host", "launch", "missing", "on_host", "unsupported"]
+__all__ = [
+    "DTYPES",
+    "HOST_TARGET",
+    "Host",
+    "host",
+    "host_target",
+    "launch",
+    "missing",
+    "on_host",
+    "unsupported",
+]
 
 Host = Literal["interpreter", "executor", "recorder"]
 """What takes a kernel in place of a GPU."""
@@ -24,18 +34,33 @@ Host = Literal["interpreter", "executor", "recorder"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What kernels compute with."""
 
-_host: ContextVar[Host | None] = ContextVar("ladder_kernels_host", default=None)
+HOST_TARGET = "sm_86"
+"""The GPU whose configurations are taken for tensors on a CPU, unless another one is named."""
+
+_host: ContextVar[tuple[Host, str] | None] = ContextVar("ladder_kernels_host", default=None)
 
 
 def host() -> Host | None:
     """What runs kernels on CPU tensors here; ``None``: nothing does."""
-    return _host.get()
+    chosen = _host.get()
+    return None if chosen is None else chosen[0]
+
+
+def host_target() -> str:
+    """The GPU whose configurations are taken for tensors on a CPU, such as ``"sm_86"``."""
+    chosen = _host.get()
+    return HOST_TARGET if chosen is None else chosen[1]
 
 
 @contextmanager
-def on_host(kind: Host) -> Iterator[None]:
-    """Let Triton launchers take CPU tensors: ``kind`` runs them, as its caller has arranged."""
-    token = _host.set(kind)
+def on_host(kind: Host, target: str = HOST_TARGET) -> Iterator[None]:
+    """Let Triton launchers take tensors that are on no GPU.
+
+    Args:
+        kind: What runs their kernels, as the caller has arranged.
+        target: The GPU that they take the tensors to be on.
+    """
+    token = _host.set((kind, target))
     try:
         yield
     finally:

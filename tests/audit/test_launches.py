@@ -51,13 +51,13 @@ def test_other_kinds_of_argument_are_refused():
 def test_launchers_are_recorded_without_memory():
     x = torch.empty(2048, 3584, dtype=torch.bfloat16, device="meta")
     run = triton.JITFunction.run
-    with recording() as launches:
-        assert _triton.host() == "recorder"
+    with recording("sm_120") as launches:
+        assert (_triton.host(), _triton.host_target()) == ("recorder", "sm_120")
         assert gpu.rms_norm(x, x[0], 1e-6).shape == x.shape
         gpu.rms_norm_backward(x, x, None, 1e-6, True)
         gpu.rms_norm(x, x[0], 1e-5)
     assert triton.JITFunction.run is run
-    assert _triton.host() is None
+    assert (_triton.host(), _triton.host_target()) == (None, "sm_86")
     assert [launch.name for launch in launches] == [
         "_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_rms_norm_forward_kernel",
     ]  # fmt: skip
