@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Host", "host", "launch", "missing", "on_host", "unsupported"]
+from ladder_kernels.ops._numeric import flatten_rows
+
+__all__ = ["DTYPES", "Host", "host", "launch", "missing", "on_host", "rows", "unsupported"]
 
 Host = Literal["interpreter", "executor"]
 """What runs a kernel on a CPU."""
@@ -62,6 +64,12 @@ def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'ladder_kernels[gpu]')"
     return None
+
+
+def rows(value: Tensor) -> Tensor:
+    """View or copy ``[..., D]`` as ``[rows, D]`` with adjacent elements in a row."""
+    flat = flatten_rows(value)
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def unsupported(*tensors: Tensor | None, products: bool = False) -> str | None:
