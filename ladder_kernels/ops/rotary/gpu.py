@@ -10,7 +10,6 @@ sum is rounded to x's dtype, so the compiler may not contract a product and a su
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -118,9 +118,7 @@ def _rung_merge_forward_kernel(
         wide = x.to(tl.float32)
         squares += wide * wide
         if MIXED:
-            product = tl.dot(
-                wide, tl.trans(weight.to(tl.float32)), product, input_precision="ieee"
-            )
+            product = tl.dot(wide, tl.trans(weight.to(tl.float32)), product, input_precision="ieee")
         else:
             product = tl.dot(x, tl.trans(weight), product, input_precision="ieee")
     product *= tl.rsqrt(tl.sum(squares, 1) / D + eps)[:, None]
@@ -182,14 +180,12 @@ def _rung_merge_product_kernel(
     channels = (tl.program_id(1) * NARROW + tl.arange(0, NARROW)).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
     is_column, is_channel = columns < D, channels < d
-    first = split * share
-    tokens = first + tl.arange(0, TOKENS).to(tl.int64)
+    tokens = split * share + tl.arange(0, TOKENS).to(tl.int64)
     at_grad = grad + tokens[:, None] * grad_stride + channels[None, :]
     at_tap = tap + tokens[:, None] * tap_stride + columns[None, :]
-    last = tl.minimum(first + share, T)
     product = tl.zeros((NARROW, WIDE), tl.float32)
     for start in range(0, share, TOKENS):
-        left = tokens < last - start
+        left = tokens < T - start
         e = tl.load(at_grad, mask=left[:, None] & is_channel[None, :], other=0.0)
         x = tl.load(at_tap, mask=left[:, None] & is_column[None, :], other=0.0)
         at_grad += TOKENS * grad_stride
@@ -202,9 +198,7 @@ def _rung_merge_product_kernel(
             product = tl.dot(tl.trans(high), x, product)
             product = tl.dot(tl.trans(low), x, product)
         else:
-            product = tl.dot(
-                tl.trans(scaled), x.to(tl.float32), product, input_precision="ieee"
-            )
+            product = tl.dot(tl.trans(scaled), x.to(tl.float32), product, input_precision="ieee")
     at_partial = partial + split * d * D + channels[:, None] * D + columns[None, :]
     tl.store(at_partial, product, mask=is_channel[:, None] & is_column[None, :])
 
@@ -236,9 +230,7 @@ def _rung_merge_down_kernel(
             at = partial + (channel + split * d) * D + start + columns
             product += tl.load(at, mask=inside, other=0.0)
         if crossed is not None:
-            weight = tl.load(
-                down + channel * down_stride + start + columns, mask=inside, other=0.0
-            )
+            weight = tl.load(down + channel * down_stride + start + columns, mask=inside, other=0.0)
             summed += product.to(tl.float64) * weight.to(tl.float64)
         if ddown is not None:
             at = ddown + channel * D + start + columns
@@ -316,15 +308,14 @@ def rung_merge(
         return out
     stream, merged = _triton.rows(side), _triton.rows(out)
     carried = None
-    for j, (tap, down) in enumerate(zip(taps, downs, strict=True)):
-        last = j == len(taps) - 1
-        target = merged
-        if not last:
-            # In place from the second tap on: a program reads only what it writes.
-            empty = torch.empty(stream.shape, dtype=torch.float32, device=side.device)
-            target = empty if carried is None else carried
-        _project(tap, down, carried, stream if last else None, gate, eps, target)
+    for tap, down in zip(taps[:-1], downs[:-1], strict=True):
+        target = carried
+        if target is None:
+            target = torch.empty(stream.shape, dtype=torch.float32, device=side.device)
+        # In place from the second tap on: a program reads only what it writes.
+        _project(tap, down, carried, None, None, eps, target)
         carried = target
+    _project(taps[-1], downs[-1], carried, stream, gate, eps, merged)
     return out
 
 
@@ -347,7 +338,7 @@ def _project(
         weight,
         carried,
         side,
-        None if side is None else gate,
+        gate,
         out,
         rows.stride(0),
         weight.stride(0),
@@ -379,7 +370,8 @@ def rung_merge_backward(
     """Return ``(dside, ddowns, dgate)``; as the reference's."""
     need_gate = need_gate and gate is not None
     along, stream = _triton.rows(grad), _triton.rows(side)
-    dside = side.new_empty(side.shape if need_side else (0,))
+    shape = side.shape if need_side else (0,)
+    dside = torch.empty(shape, dtype=side.dtype, device=side.device)
     # A value per channel; the gradient of a scalar gate is their sum.
     dgate = torch.zeros(along.shape[1], dtype=torch.float64, device=side.device)
     if need_side or need_gate:
