@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.launch import host, launch, missing
+from ladder_kernels.ops._numeric import flatten_rows
 
-__all__ = ["DTYPES", "host", "launch", "missing", "unsupported"]
+__all__ = ["DTYPES", "host", "launch", "missing", "rows", "unsupported"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What kernels compute with."""
+
+
+def rows(value: Tensor) -> Tensor:
+    """View or copy ``[..., D]`` as ``[rows, D]`` with adjacent elements in a row."""
+    flat = flatten_rows(value)
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def unsupported(*tensors: Tensor | None, products: bool = False) -> str | None:
