@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ladder_kernels import nf4, ops
 from ladder_kernels.audit.binary import Binary, compile_kernel
-from ladder_kernels.audit.catalogue import CASES, Case, work_of
+from ladder_kernels.audit.catalogue import Case, cases, work_of
 from ladder_kernels.audit.launches import Launch, recording
 from ladder_kernels.audit.model import Work, modelled_seconds
 from ladder_kernels.audit.targets import DEVICES, Target
@@ -47,19 +47,20 @@ class Finding:
     faults: tuple[str, ...] = ()
 
 
-def audit(targets: Sequence[Target], cases: Sequence[Case] = CASES) -> Iterator[Finding]:
-    """Compile what ``cases`` launch for ``targets``.
+def audit(targets: Sequence[Target], chosen: Sequence[Case] | None = None) -> Iterator[Finding]:
+    """Compile what cases launch for targets.
 
     Args:
         targets: Of :data:`~ladder_kernels.audit.targets.TARGETS`.
-        cases: What to call.
+        chosen: What to call; default: everything.
 
     Yields:
         A finding a launch and target. Launches of the same code are compiled once.
     """
+    called = tuple(cases()) if chosen is None else chosen
     for target in targets:
         known: dict[object, Binary] = {}
-        for case in cases:
+        for case in called:
             with recording(target.name) as launches:
                 case.call()
             for launch in launches:
@@ -84,6 +85,11 @@ def _finding(case: Case, launch: Launch, target: Target, known: dict[object, Bin
             )  # fmt: skip
     binary = known[launch.key]
     work = work_of(launch)
+    if work is None:
+        return Finding(
+            case=case.name, kernel=launch.name, target=target.name, launch=launch,
+            binary=binary, faults=("a kernel that the catalogue does not know",),
+        )  # fmt: skip
     programs, warps = _programs(launch), launch.options.get("num_warps", 4)
     seconds = {
         device.name: modelled_seconds(binary, work, device, programs=programs, warps=warps)
