@@ -21,8 +21,8 @@ from ladder_kernels.nf4.quantize import NESTED_BLOCKSIZE
 
 __all__ = ["Case", "cases", "work_of"]
 
-# Qwen2.5-7B: hidden size, width inside the MLP, keys of all heads, vocabulary, heads and their size;
-# and its ladder at a reduction of 16.
+# Qwen2.5-7B: hidden size, width inside the MLP, keys of all heads, vocabulary, heads and their
+# size; and its ladder at a reduction of 16.
 _D, _INNER, _KEYS, _VOCABULARY = 3584, 18944, 512, 152064
 _HEADS, _KEY_HEADS, _HEAD = 28, 4, 128
 _NARROW = _D // 16
@@ -163,7 +163,7 @@ def _rowwise_cases() -> Iterator[Case]:
         name="rms_norm_backward", call=lambda: norm.rms_norm_backward(x, x, weight, 1e-6, True)
     )
     q, k = _tensor(1, _TOKENS, _HEADS, _HEAD), _tensor(1, _TOKENS, _KEY_HEADS, _HEAD)
-    angle = _tensor(1, _TOKENS, _HEAD)
+    angle = _tensor(1, _TOKENS, 1, _HEAD)
     yield Case(name="rotary", call=lambda: rotary.rotary_(q, k, angle, angle))
 
 
