@@ -1,0 +1,115 @@
+"""The gate: what ships compiles without faults, and no kernel is forgotten.
+
+A representative part; ``ladder-kernels audit`` compiles everything for every target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ladder_kernels.audit import audit as module
+from ladder_kernels.audit.audit import audit, kernels, unaudited
+from ladder_kernels.audit.binary import Binary, Instructions
+from ladder_kernels.audit.catalogue import Case, cases, work_of
+from ladder_kernels.audit.launches import recording
+from ladder_kernels.audit.model import Work
+from ladder_kernels.audit.targets import TARGETS
+from tests.audit.kernels import _product_kernel, _scale_kernel
+
+EVERYWHERE = ("nf4_linear q M=16", "rung_merge gate", "rms_norm_backward")
+
+
+def _launches(target: str) -> dict[str, Any]:
+    with recording(target) as launches:
+        for case in cases():
+            case.call()
+    return {launch.name: launch for launch in launches}
+
+
+def test_everything_for_one_target():
+    findings = list(audit([TARGETS["sm_86"]]))
+    assert [finding for finding in findings if finding.faults] == []
+    assert unaudited(findings) == []
+    # Modelled: what multiplies 2,048 tokens' worth of matrices is bound by that.
+    products = [f for f in findings if f.case == "nf4_linear down M=2048"]
+    for finding in products:
+        parts = finding.seconds["RTX 3060"]
+        assert max(parts, key=parts.__getitem__) == "matrix", finding.kernel
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "sm_86"])
+def test_a_part_for_every_target(target):
+    chosen = [case for case in cases() if case.name.startswith(EVERYWHERE)]
+    findings = list(audit([TARGETS[target]], chosen))
+    assert len(findings) > len(EVERYWHERE)
+    assert [finding for finding in findings if finding.faults] == []
+
+
+def test_every_kernel_is_launched_and_known_for_every_target():
+    launched: set[str] = set()
+    for target in TARGETS:
+        launches = _launches(target)
+        assert all(work_of(launch) is not None for launch in launches.values())
+        launched |= set(launches)
+    assert {name.rpartition(".")[2] for name in kernels()} == launched
+
+
+def _case(call: Callable[[], Any]) -> Case:
+    return Case(name="a case", call=call)
+
+
+def _multiply() -> None:
+    x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    _product_kernel[(1, 1)](
+        x, x, x, 64, 64, 64, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, maxnreg=40,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def test_a_kernel_that_spills_is_a_fault(monkeypatch):
+    monkeypatch.setattr(module, "work_of", lambda _: Work(operations=1.0, moved=1.0, trips=2.0))
+    (finding,) = audit([TARGETS["sm_86"]], [_case(_multiply)])
+    assert len(finding.faults) == 1
+    assert "spilled registers" in finding.faults[0]
+    assert finding.kernel == "_product_kernel"
+
+
+def test_a_kernel_that_nobody_entered_is_a_fault():
+    (finding,) = audit([TARGETS["sm_86"]], [_case(_multiply)])
+    assert finding.faults == ("a kernel that the catalogue does not know",)
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault():
+    def call() -> None:
+        x = torch.empty(64, device="meta")
+        _scale_kernel[(1,)](x, None, x, 2.0, 64, 1, BLOCK=48)  # not a power of two
+
+    (finding,) = audit([TARGETS["sm_86"]], [_case(call)])
+    assert finding.binary is None
+    assert "does not compile" in finding.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"shared": 100 * 1024}, "102400 bytes of shared memory, more than 101376"),
+        ({"stack": 16}, "0 spilled registers, 16 bytes of stack"),
+        ({}, "a matrix product without matrix instructions"),
+    ],
+)
+def test_limits(change, fault):
+    whole = Instructions(total=10, classes={"matrix": 1} if change else {}, names={})
+    parts: dict[str, Any] = {"registers": 32, "spilled": 0, "stack": 0, "shared": 0} | change
+    binary = Binary(**parts, whole=whole, loop=None)
+    work = Work(operations=1.0, moved=1.0, trips=1.0)
+    assert list(module._faults(binary, work, TARGETS["sm_86"])) == [fault]
+
+
+def test_forgotten_kernels_are_named():
+    assert "ladder_kernels.ops.rms_norm.gpu._rms_norm_forward_kernel" in unaudited([])
