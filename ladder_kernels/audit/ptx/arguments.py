@@ -91,7 +91,8 @@ class Binding:
     Attributes:
         parameters: The bytes that ``ld.param`` reads.
         memory: Global memory.
-        regions: The host's memory, in the order of the memory's buffers.
+        regions: The host's memory, in the order of the memory's buffers after the first, which is
+            the module's own.
         keep: The arrays themselves, so that their memory stays.
     """
 
@@ -108,7 +109,7 @@ class Binding:
         """
         for index, region in enumerate(self.regions):
             host = region.host()
-            device = self.memory.read_back(index, len(host))
+            device = self.memory.read_back(1 + index, len(host))
             if np.array_equal(host, device):
                 continue
             for view in region.views:
@@ -132,7 +133,9 @@ def bind(program: Program, arguments: Sequence[Any] | Mapping[str, Any]) -> Bind
     named = _named(program, arguments)
     views = {name: _view(name, value) for name, value in named if _is_array(value)}
     regions = _regions(list(views.values()))
-    memory = GlobalMemory([region.buffer() for region in regions])
+    module = np.frombuffer(bytes(program.module_data), np.uint8)
+    own = Buffer(module, np.ones(len(module), bool), 0, [("(module data)", 0, len(module))])
+    memory = GlobalMemory([own, *(region.buffer() for region in regions)])
     parameters = bytearray(program.parameter_bytes)
     for parameter, (name, value) in zip(program.parameters, named, strict=False):
         if name in views:
@@ -208,7 +211,7 @@ def _regions(views: Sequence[_View]) -> list[_Region]:
 
 def _device_address(view: _View, regions: Sequence[_Region], memory: GlobalMemory) -> int:
     index = next(i for i, region in enumerate(regions) if any(v is view for v in region.views))
-    return GLOBAL_BASE + memory.starts[index] + view.address - regions[index].low
+    return GLOBAL_BASE + memory.starts[1 + index] + view.address - regions[index].low
 
 
 def _scalar(name: str, value: Any, parameter: Parameter) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ladder_kernels.audit.ptx.errors import UnsupportedInstructionError
-from ladder_kernels.audit.ptx.memory import LOCAL_BASE, SHARED_BASE
+from ladder_kernels.audit.ptx.memory import LOCAL_BASE, MODULE_BASE, SHARED_BASE
 from ladder_kernels.audit.ptx.operands import (
     Address,
     FloatBits,
@@ -38,7 +38,11 @@ Writer = Callable[[Threads, Array, "Array | None"], None]
 Action = Callable[[Threads, "Array | None"], None]
 """Does an instruction for the threads of a mask, or all if None."""
 
-_BASES: Mapping[str, int] = {"shared": SHARED_BASE, "local": LOCAL_BASE}
+_BASES: Mapping[str, int] = {
+    "global": MODULE_BASE,
+    "local": LOCAL_BASE,
+    "shared": SHARED_BASE,
+}
 
 
 def nothing(threads: Threads, mask: Array | None) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "GARBAGE",
     "GLOBAL_BASE",
     "LOCAL_BASE",
+    "MODULE_BASE",
     "SHARED_BASE",
     "BlockMemory",
     "Buffer",
@@ -32,6 +33,9 @@ __all__ = [
 
 GLOBAL_BASE = 0x7F00_0000_0000
 """The device address of global memory's first byte."""
+_FIRST = 1 << 16
+MODULE_BASE = GLOBAL_BASE + _FIRST
+"""The device address of the first buffer, if its skew is 0: of what the module itself holds."""
 SHARED_BASE = 0x400
 """The shared address of a block's first byte; not 0, so that a null pointer is no shared memory."""
 LOCAL_BASE = 0x10_0000
@@ -141,12 +145,11 @@ class GlobalMemory(Memory):
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
         self.starts: list[int] = []
-        end = _LEAST_GAP
+        end = _FIRST
         for buffer in buffers:
-            gap = max(_LEAST_GAP, len(buffer.content))
-            start = -(-(end + gap) // _ALIGNMENT) * _ALIGNMENT + buffer.skew
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT + buffer.skew
             self.starts.append(start)
-            end = start + len(buffer.content) + gap
+            end = start + len(buffer.content) + max(_LEAST_GAP, len(buffer.content))
         size = -(-(end + _LEAST_GAP) // 64) * 64
         # Pages of the gaps are never touched, so zeros cost no memory there.
         super().__init__("global", GLOBAL_BASE, np.zeros(size, np.uint8))

@@ -109,6 +109,7 @@ class Program:
         variables: Shared, local, global and constant variables by name.
         shared_bytes: Statically declared shared memory.
         local_bytes: Local memory of each thread.
+        module_data: What the module's global variables hold.
     """
 
     name: str
@@ -121,11 +122,12 @@ class Program:
     variables: dict[str, Variable] = field(default_factory=dict)
     shared_bytes: int = 0
     local_bytes: int = 0
+    module_data: bytearray = field(default_factory=bytearray)
 
 
 _VARIABLE = re.compile(
     r"^\s*(?:\.visible\s+|\.extern\s+|\.weak\s+)*\.(shared|global|const|local)\s+"
-    r"(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?",
+    r"(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?(?:\s*=\s*\{([^}]*)\})?",
     re.MULTILINE,
 )
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+[^/]*(?://\s*(.*))?$")
@@ -191,18 +193,33 @@ def _parse_variables(program: Program, text: str) -> None:
     dynamic = []
     ends = {"shared": 0, "local": 0, "global": 0, "const": 0}
     for match in _VARIABLE.finditer(text):
-        space, align, kind, name, count = match.groups()
+        space, align, kind, name, count, values = match.groups()
         if ".extern" in match.group() or count == "":
             dynamic.append((name, space))
             continue
         start = -(-ends[space] // int(align or 1)) * int(align or 1)
         program.variables[name] = Variable(name, space, start)
         ends[space] = start + TYPES[kind].nbytes * int(count or 1)
+        if space == "global":
+            _initialise(program, start, ends[space], TYPES[kind], values or "")
     program.shared_bytes = -(-ends["shared"] // 16) * 16
     program.local_bytes = ends["local"]
     for name, space in dynamic:
         start = program.shared_bytes if space == "shared" else 0
         program.variables[name] = Variable(name, space, start)
+
+
+def _initialise(program: Program, start: int, end: int, kind: PTXType, values: str) -> None:
+    """Add a module's variable to the bytes that it brings; what is not given is zero."""
+    program.module_data.extend(bytes(end - len(program.module_data)))
+    numbers = [piece.strip() for piece in values.split(",") if piece.strip()]
+    if not all(re.fullmatch(r"-?\w+", number) and _INTEGER.match(number) for number in numbers):
+        return
+    mask = (1 << kind.bits) - 1
+    for position, number in enumerate(numbers):
+        raw = (int(number, 0) & mask).to_bytes(kind.nbytes, "little")
+        first = start + position * kind.nbytes
+        program.module_data[first : first + kind.nbytes] = raw
 
 
 def _split(text: str) -> list[str]:
