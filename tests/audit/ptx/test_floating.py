@@ -41,8 +41,10 @@ _F64 = np.float64
         ("abs.f32 %r2,%r0; rsqrt.approx.f32 %r9,%r2;", lambda a, b: 1 / np.sqrt(np.abs(_F64(a)))),
         ("abs.f32 %r2,%r0; lg2.approx.f32 %r9,%r2;", lambda a, b: np.log2(np.abs(_F64(a)))),
         ("copysign.f32 %r9,%r0,%r1;", lambda a, b: np.copysign(b, a)),
-        ("min.xorsign.abs.f32 %r9,%r0,%r1;",
-         lambda a, b: np.minimum(np.abs(a), np.abs(b)) * np.sign(a * b)),
+        (
+            "min.xorsign.abs.f32 %r9,%r0,%r1;",
+            lambda a, b: np.minimum(np.abs(a), np.abs(b)) * np.sign(a * b),
+        ),
         ("add.sat.f32 %r9,%r0,%r1;", lambda a, b: np.clip(a + b, 0, 1)),
     ],
 )
@@ -90,9 +92,7 @@ def test_16_bits_and_packed(evaluate, name, opcode):
 def test_fused_products_of_16_bits_are_rounded_once(evaluate, name):
     a, b, c = (torch.from_numpy(_lanes(seed)).to(_NARROW[name]) for seed in (4, 5, 6))
     exact = a.double() * b.double() + c.double()
-    found = evaluate(
-        f"fma.rn.{name} %h9,%h0,%h1,%h2;", _bits(a), _bits(b), _bits(c), bits=16
-    )
+    found = evaluate(f"fma.rn.{name} %h9,%h0,%h1,%h2;", _bits(a), _bits(b), _bits(c), bits=16)
     back = torch.from_numpy(found.view(np.int16)).view(_NARROW[name]).double()
     spacing = torch.finfo(_NARROW[name]).eps * exact.abs()
     assert ((back - exact).abs() <= spacing / 2 + 1e-9).all()
@@ -107,10 +107,16 @@ def test_fused_product_of_f32_keeps_what_two_roundings_lose(evaluate):
 
 def test_packed_f32(evaluate):
     a, b = _lanes(7), _lanes(8)
-    found = evaluate(
-        "mov.b64 %d0,{%r0,%r1}; mov.b64 %d1,{%r1,%r0}; fma.rn.f32x2 %d9,%d0,%d1,%d0;",
-        _f32(a), _f32(b), bits=64,
-    ).view(np.float32).reshape(32, 2)
+    found = (
+        evaluate(
+            "mov.b64 %d0,{%r0,%r1}; mov.b64 %d1,{%r1,%r0}; fma.rn.f32x2 %d9,%d0,%d1,%d0;",
+            _f32(a),
+            _f32(b),
+            bits=64,
+        )
+        .view(np.float32)
+        .reshape(32, 2)
+    )
     product = a.astype(_F64) * b.astype(_F64)
     assert np.array_equal(found[:, 0], (product + a).astype(np.float32))
     assert np.array_equal(found[:, 1], (product + b).astype(np.float32))

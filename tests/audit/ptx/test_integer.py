@@ -50,8 +50,8 @@ _CASES = {
     "mad.lo.s32 %r9,%r0,%r1,%r0;": lambda a, b: a * b + a,
     "mad.hi.s32 %r9,%r0,%r1,%r0;": lambda a, b: (_signed(a) * _signed(b) >> 32) + a,
     "mul24.lo.s32 %r9,%r0,%r1;": lambda a, b: _low24(a) * _low24(b),
-    "dp4a.s32.u32 %r9,%r0,%r1,%r0;": lambda a, b: a + sum(
-        x * y for x, y in zip(_bytes(a, signed=True), _bytes(b, signed=False), strict=True)
+    "dp4a.s32.u32 %r9,%r0,%r1,%r0;": lambda a, b: (
+        a + sum(x * y for x, y in zip(_bytes(a, signed=True), _bytes(b, signed=False), strict=True))
     ),
     "add.s32 %r9,%r0,-7;": lambda a, b: a - 7,
 }
@@ -78,8 +78,10 @@ def test_32_bits(evaluate, body, a, b):
     [
         ("mul.wide.s32 %d9,%r0,%r1;", lambda a, b: _signed(a) * _signed(b)),
         ("mul.wide.u32 %d9,%r0,%r1;", lambda a, b: a * b),
-        ("cvt.s64.s32 %d2,%r1; mad.wide.s32 %d9,%r0,%r1,%d2;",
-         lambda a, b: _signed(a) * _signed(b) + _signed(b)),
+        (
+            "cvt.s64.s32 %d2,%r1; mad.wide.s32 %d9,%r0,%r1,%d2;",
+            lambda a, b: _signed(a) * _signed(b) + _signed(b),
+        ),
     ],
 )
 @settings(max_examples=8, deadline=None)
@@ -110,8 +112,10 @@ def test_64_bits(evaluate, body, expected, a, b):
         ("div.u32 %r9,%r0,%r1;", lambda a, b: a // b),
         ("rem.u32 %r9,%r0,%r1;", lambda a, b: a % b),
         ("div.s32 %r9,%r0,%r1;", lambda a, b: _quotient(_signed(a), _signed(b))),
-        ("rem.s32 %r9,%r0,%r1;",
-         lambda a, b: _signed(a) - _quotient(_signed(a), _signed(b)) * _signed(b)),
+        (
+            "rem.s32 %r9,%r0,%r1;",
+            lambda a, b: _signed(a) - _quotient(_signed(a), _signed(b)) * _signed(b),
+        ),
     ],
 )
 @settings(max_examples=8, deadline=None)
@@ -123,8 +127,14 @@ def test_division(evaluate, body, expected, a, b):
 @settings(max_examples=8, deadline=None)
 @given(a=_lanes(64), b=_lanes(64, low=1))
 def test_division_of_64_bits(evaluate, a, b):
-    _check(evaluate, "div.s64 %d9,%d0,%d1;",
-           lambda x, y: _quotient(_signed(x, 64), _signed(y, 64)), a, b, bits=64)
+    _check(
+        evaluate,
+        "div.s64 %d9,%d0,%d1;",
+        lambda x, y: _quotient(_signed(x, 64), _signed(y, 64)),
+        a,
+        b,
+        bits=64,
+    )
 
 
 @settings(max_examples=8, deadline=None)
