@@ -16,7 +16,7 @@ from ladder_kernels.audit.ptx.errors import BarrierError, PTXError
 from ladder_kernels.audit.ptx.instructions import Control, Step, lower
 from ladder_kernels.audit.ptx.memory import BlockMemory
 from ladder_kernels.audit.ptx.parser import Program, parse
-from ladder_kernels.audit.ptx.state import WARP, Launch, Schedule, Threads
+from ladder_kernels.audit.ptx.state import NO_BARRIER, WARP, Launch, Schedule, Threads
 from ladder_kernels.audit.ptx.types import Array
 
 __all__ = ["Kernel", "execute"]
@@ -125,19 +125,22 @@ def _run(kernel: Kernel, launch: Launch, shared_bytes: int, binding: Binding) ->
 
 
 def _batches(launch: Launch) -> Iterator[Array]:
-    """Coordinates of the blocks that run together: several in lockstep, else one at a time."""
+    """Coordinates of the blocks that run together, for speed alone: they share no more for it."""
     columns, rows, layers = launch.grid
     order = [(x, y, z) for z, y, x in itertools.product(range(layers), range(rows), range(columns))]
     if launch.schedule.reverse:
         order.reverse()
-    together = max(1, _THREADS_TOGETHER // launch.block_threads)
-    size = together if launch.schedule.lockstep else 1
+    size = max(1, _THREADS_TOGETHER // launch.block_threads)
     for first in range(0, len(order), size):
         yield np.array(order[first : first + size], np.int64)
 
 
 def _groups(launch: Launch, blocks: Array, shared_bytes: int) -> list[Threads]:
-    """The threads of these blocks as groups that step together, in the order in which they run."""
+    """The threads of these blocks as groups that step together, in the order in which they run.
+
+    In lockstep there is one group. Otherwise there is one for each warp of a block, which holds
+    that warp of every block.
+    """
     shared = BlockMemory("shared", launch.program.shared_bytes + shared_bytes, len(blocks))
     together = launch.block_threads if launch.schedule.lockstep else WARP
     groups = []
@@ -151,67 +154,77 @@ def _groups(launch: Launch, blocks: Array, shared_bytes: int) -> list[Threads]:
 def _run_groups(groups: Sequence[Threads], kernel: Kernel) -> None:
     """Run from barrier to barrier, one group after the other."""
     while True:
-        waiting = [_run_to_barrier(group, kernel) for group in groups]
-        if all(barrier is None for barrier in waiting):
-            return
-        if len(set(waiting)) > 1:
+        for group in groups:
+            _run_to_barrier(group, kernel)
+        # One row for each group: where its threads wait, a number for each block.
+        waiting = np.array(
+            [group.flow.barriers().reshape(len(group.blocks), -1)[:, 0] for group in groups]
+        )
+        if (waiting != waiting[0]).any():
             raise _apart(groups, waiting, kernel)
+        if (waiting == NO_BARRIER).all():
+            return
+        for group in groups:
+            group.flow.release()
 
 
-def _apart(groups: Sequence[Threads], waiting: Sequence[int | None], kernel: Kernel) -> PTXError:
-    first = next(index for index, barrier in enumerate(waiting) if barrier is not None)
-    barrier = waiting[first]
-    assert barrier is not None
-    other = next(index for index, place in enumerate(waiting) if place != barrier)
-    does = "has returned" if waiting[other] is None else "waits at another"
-    error = BarrierError(
-        f"the warp of {groups[first].describe(0)} waits at a barrier while the warp of "
-        f"{groups[other].describe(0)} {does}"
+def _apart(groups: Sequence[Threads], waiting: Array, kernel: Kernel) -> PTXError:
+    """The error for warps of a block that wait at different barriers, or not at all."""
+    block = int(np.flatnonzero((waiting != waiting[0]).any(axis=0))[0])
+    places = waiting[:, block].tolist()
+    first = next(index for index, place in enumerate(places) if place != NO_BARRIER)
+    other = next(index for index, place in enumerate(places) if place != places[first])
+    does = "has returned" if places[other] == NO_BARRIER else "waits at another"
+    one, another = (
+        groups[index].describe(block * groups[index].count // len(groups[index].blocks))
+        for index in (first, other)
     )
-    instruction = kernel.steps[barrier].instruction
+    error = BarrierError(f"the warp of {one} waits at a barrier while the warp of {another} {does}")
+    instruction = kernel.steps[places[first]].instruction
     error.locate(kernel.name, instruction.source, instruction.text)
     return error
 
 
-def _run_to_barrier(threads: Threads, kernel: Kernel) -> int | None:
-    """Run up to a barrier that others must reach too and return its place, or None at the end."""
+def _run_to_barrier(threads: Threads, kernel: Kernel) -> None:
+    """Run until every thread has returned or waits at a barrier that others must reach too."""
     steps, flow = kernel.steps, threads.flow
     counters = threads.launch.counters
-    stops = not threads.launch.schedule.lockstep
     for _ in range(_MOST_STEPS):
         place, active = flow.current()
         if place >= len(steps):
-            return None
+            return
         step = steps[place]
         count = threads.warps if active is None else _active_warps(active)
         threads.executed += count
         if counters is not None:
             counters.instructions[step.category] += count
         try:
-            if _take(threads, step, place, active) and stops:
-                return place
+            _take(threads, step, place, active)
         except PTXError as error:
             error.locate(kernel.name, step.instruction.source, step.instruction.text)
             raise
     raise PTXError(f"{kernel.name} ran {_MOST_STEPS} instructions without an end or a barrier")
 
 
-def _take(threads: Threads, step: Step, place: int, active: Array | None) -> bool:
-    """Take one step and say whether it was a barrier."""
+def _take(threads: Threads, step: Step, place: int, active: Array | None) -> None:
+    """Take one step."""
     flow = threads.flow
     mask = _mask(threads, step, active)
     if step.control is Control.JUMP:
         flow.jump(place, active, mask, step.target)
-        return False
-    flow.advance(place, active)
-    # Only a guard can leave nobody.
-    if mask is not None and step.instruction.guard is not None and not mask.any():
-        return False
-    if step.control is Control.BARRIER:
+    elif mask is not None and step.instruction.guard is not None and not mask.any():
+        # Only a guard can leave nobody.
+        flow.advance(place, active)
+    elif step.control is Control.BARRIER:
         _check_whole_blocks(threads, mask)
-        return True
-    step.action(threads, mask)
-    return False
+        # In lockstep the whole block is here and goes on.
+        if threads.launch.schedule.lockstep:
+            flow.advance(place, active)
+        else:
+            flow.wait(place, active, mask)
+    else:
+        flow.advance(place, active)
+        step.action(threads, mask)
 
 
 def _mask(threads: Threads, step: Step, active: Array | None) -> Array | None:
@@ -233,7 +246,7 @@ def _active_warps(active: Array) -> int:
 
 
 def _check_whole_blocks(threads: Threads, mask: Array | None) -> None:
-    """In lockstep the barrier is passed at once, if all threads of a block have reached it."""
+    """Refuse a barrier that some of a block's threads have reached and others of the group not."""
     if mask is None:
         return
     by_block = mask.reshape(len(threads.blocks), -1)

@@ -16,12 +16,16 @@ from ladder_kernels.audit.ptx.types import UNSIGNED, Array
 if TYPE_CHECKING:
     from ladder_kernels.audit.ptx.asynchronous import PendingCopies
 
-__all__ = ["EXITED", "WARP", "Flow", "Launch", "Schedule", "Threads"]
+__all__ = ["EXITED", "NO_BARRIER", "WAITING", "WARP", "Flow", "Launch", "Schedule", "Threads"]
 
 WARP = 32
 """Threads of a warp."""
-EXITED = np.iinfo(np.int64).max
+EXITED = 2**63 - 1
 """The program counter of a thread that has returned."""
+WAITING = EXITED - 1
+"""The program counter of a thread that waits at a barrier."""
+NO_BARRIER = -1
+"""In place of a barrier's."""
 
 _GARBAGE = 0xDEADBEEFDEADBEEF
 
@@ -59,12 +63,17 @@ class Launch:
 class Flow:
     """Where each thread is. Of threads apart, those furthest behind go first, until they meet."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self._common = 0
         self._apart: Array | None = None
+        # The barrier that each thread waits at, if it does.
+        self._barriers = np.full(count, NO_BARRIER, np.int64)
 
     def current(self) -> tuple[int, Array | None]:
-        """The next instruction, and the mask of the threads that take it; None for all."""
+        """The next instruction, and the mask of the threads that take it; None for all.
+
+        It is :data:`WAITING` or beyond if no thread can go on.
+        """
         if self._apart is None:
             return self._common, None
         first = int(self._apart.min())
@@ -91,9 +100,26 @@ class Flow:
         elif taken is not None and taken.any():
             self._apart = np.where(taken, np.int64(target), np.int64(counter + 1))
 
+    def wait(self, counter: int, active: Array | None, taken: Array | None) -> None:
+        """Let the threads of ``taken``, or all active ones if None, wait at a barrier."""
+        self.jump(counter, active, taken, WAITING)
+        who = active if taken is None else taken
+        self._barriers[slice(None) if who is None else who] = counter
+
+    def barriers(self) -> Array:
+        """The barrier that each thread waits at; :data:`NO_BARRIER` if it has returned."""
+        places = self._common if self._apart is None else self._apart
+        return np.where(places == WAITING, self._barriers, NO_BARRIER)
+
+    def release(self) -> None:
+        """Send every thread that waits past its barrier."""
+        barriers = self.barriers()
+        waits = barriers != NO_BARRIER
+        self._apart = np.where(waits, barriers + 1, np.int64(EXITED))
+
 
 class Threads:
-    """Threads in lockstep: a warp, or one or more whole blocks.
+    """Threads in lockstep: those of one or more blocks, or one warp of each of them.
 
     Attributes:
         launch: What they share with all others.
@@ -133,7 +159,7 @@ class Threads:
         self.registers = [self._garbage(bits) for bits in launch.program.register_bits]
         self.copies = copies
         self.carry = np.zeros(self.count, bool)
-        self.flow = Flow()
+        self.flow = Flow(self.count)
         self.executed = 0
 
     @property
