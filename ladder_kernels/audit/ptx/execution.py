@@ -15,14 +15,16 @@ from ladder_kernels.audit.ptx.counters import Counters
 from ladder_kernels.audit.ptx.errors import BarrierError, PTXError
 from ladder_kernels.audit.ptx.instructions import Control, Step, lower
 from ladder_kernels.audit.ptx.memory import BlockMemory
-from ladder_kernels.audit.ptx.parser import Program, parse
+from ladder_kernels.audit.ptx.parser import Instruction, Program, parse
 from ladder_kernels.audit.ptx.state import NO_BARRIER, WARP, Launch, Schedule, Threads
 from ladder_kernels.audit.ptx.types import Array
 
 __all__ = ["Kernel", "execute"]
 
 _THREADS_TOGETHER = 2048
-_MOST_STEPS = 50_000_000
+_MOST_STEPS = 10_000_000
+# Marks of code in which one block waits for another.
+_WAITING = ("cas", "exch", "acquire", "volatile", "relaxed", "mmio")
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,23 @@ def _run(kernel: Kernel, launch: Launch, shared_bytes: int, binding: Binding) ->
 
 
 def _batches(launch: Launch) -> Iterator[Array]:
-    """Coordinates of the blocks that run together, for speed alone: they share no more for it."""
+    """Coordinates of the blocks that run together, for speed alone: they share no more for it.
+
+    A block that waits for another could wait for ever if both ran in step: where code may do so,
+    one block runs after the other.
+    """
     columns, rows, layers = launch.grid
     order = [(x, y, z) for z, y, x in itertools.product(range(layers), range(rows), range(columns))]
     if launch.schedule.reverse:
         order.reverse()
-    size = max(1, _THREADS_TOGETHER // launch.block_threads)
+    waits = any(_may_wait(instruction) for instruction in launch.program.instructions)
+    size = 1 if waits else max(1, _THREADS_TOGETHER // launch.block_threads)
     for first in range(0, len(order), size):
         yield np.array(order[first : first + size], np.int64)
+
+
+def _may_wait(instruction: Instruction) -> bool:
+    return instruction.opcode in ("atom", "ld") and instruction.has(*_WAITING)
 
 
 def _groups(launch: Launch, blocks: Array, shared_bytes: int) -> list[Threads]:

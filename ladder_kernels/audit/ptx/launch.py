@@ -194,7 +194,7 @@ class _Launcher:
     ) -> None:
         metadata = compiled.metadata
         arguments = dict(specialised.arguments)
-        scratch = metadata.global_scratch_size * metadata.num_ctas * int(np.prod(grid))
+        scratch = getattr(metadata, "global_scratch_size", 0) * int(np.prod(grid))
         if scratch:
             arguments["(scratch memory)"] = np.full(scratch, GARBAGE, np.uint8)
         counters = Counters() if self._counting else None

@@ -23,6 +23,7 @@ from ladder_kernels.audit.ptx import (
     MemoryAccessError,
     PTXError,
     Schedule,
+    UnsupportedInstructionError,
     execute,
     executing,
 )
@@ -486,3 +487,129 @@ def test_grids_of_numpy_and_torch_numbers():
     with executing(86):
         _unmasked[(np.int64(1), torch.tensor(1))](x, y, 64, BLOCK=64)
     assert torch.equal(x, y)
+
+
+@triton.jit
+def _locked(lock, total, BLOCK: tl.constexpr):
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    places = tl.arange(0, BLOCK)
+    tl.store(total + places, tl.load(total + places) + 1)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0)
+
+
+@pytest.mark.parametrize("order", _ORDERS[:3])
+def test_blocks_that_wait_for_each_other(order):
+    lock, total = torch.zeros(1, dtype=torch.int32), torch.zeros(128)
+    with executing(86, **order):
+        _locked[(5,)](lock, total, BLOCK=128)
+    assert (total == 5).all()
+    assert lock == 0
+
+
+@triton.jit
+def _attention(
+    q,
+    k,
+    v,
+    out,
+    T,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK
+    rows = first + tl.arange(0, BLOCK)
+    inner = tl.arange(0, D)
+    head = tl.program_id(1).to(tl.int64) * T * D
+    x = tl.load(q + head + rows[:, None] * D + inner[None, :], mask=rows[:, None] < T, other=0.0)
+    most = tl.full((BLOCK,), -float("inf"), tl.float32)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK, D), tl.float32)
+    for start in range(0, tl.minimum(first + BLOCK, T) if CAUSAL else T, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        there = head + columns[:, None] * D + inner[None, :]
+        keys = tl.load(k + there, mask=columns[:, None] < T, other=0.0)
+        values = tl.load(v + there, mask=columns[:, None] < T, other=0.0)
+        scores = tl.dot(x, tl.trans(keys)) * scale
+        seen = columns[None, :] < T
+        if CAUSAL:
+            seen = seen & (columns[None, :] <= rows[:, None])
+        scores = tl.where(seen, scores, -float("inf"))
+        highest = tl.maximum(most, tl.max(scores, 1))
+        shares = tl.exp(scores - highest[:, None])
+        decay = tl.exp(most - highest)
+        weight = weight * decay + tl.sum(shares, 1)
+        total = total * decay[:, None] + tl.dot(shares.to(values.dtype), values)
+        most = highest
+    places = out + head + rows[:, None] * D + inner[None, :]
+    tl.store(places, total / weight[:, None], mask=rows[:, None] < T)
+
+
+@pytest.mark.parametrize("order", _ORDERS[:3])
+@pytest.mark.parametrize(("target", "dtype"), [(75, torch.float16), (120, torch.bfloat16)])
+def test_blocks_whose_loops_differ_in_length(target, dtype, order):
+    q, k, v = (torch.randn(2, 100, 32).to(dtype) for _ in range(3))
+    out = torch.full((2, 100, 32), torch.nan)
+    with executing(target, **order):
+        _attention[(4, 2)](q, k, v, out, 100, 32**-0.5, CAUSAL=True, D=32, BLOCK=32, num_stages=2)
+
+    def attend(a, b, c):
+        return torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True)
+
+    exact = attend(q.double(), k.double(), v.double())
+    error = (out - exact).abs().max()
+    assert error <= 2 * (attend(q, k, v) - exact).abs().max() + 1e-5 * exact.abs().max()
+
+
+@triton.jit
+def _flagged(x, y, factor, scaled, added, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    a = tl.load(x + places)
+    if scaled:
+        a = a * factor
+    tl.store(y + places, tl.cumsum(a + added, 0))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_numbers_and_flags(scaled):
+    x, y = torch.randn(64), torch.zeros(64)
+    with executing(86):
+        _flagged[(1,)](x, y, 2.5, scaled, 2**40, BLOCK=64)
+    expected = (x.double() * (2.5 if scaled else 1) + 2**40).cumsum(0)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=0)
+
+
+@triton.jit
+def _inline(x, y, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    a = tl.load(x + places)
+    code: tl.constexpr = "{ .reg .b32 t; shl.b32 t, $1, 3; add.s32 $0, t, $1; }"
+    b = tl.inline_asm_elementwise(code, "=r,r", [a], dtype=tl.int32, is_pure=True, pack=1)
+    tl.store(y + places, b)
+
+
+def test_inline_assembly():
+    x = torch.randint(-99, 99, (64,), dtype=torch.int32)
+    y = torch.zeros_like(x)
+    with executing(86):
+        _inline[(1,)](x, y, BLOCK=64)
+    assert torch.equal(y, 9 * x)
+
+
+@triton.jit
+def _described(x, y, M, N, BLOCK: tl.constexpr):
+    source = tl.make_tensor_descriptor(x, [M, N], [N, 1], [BLOCK, BLOCK])
+    target = tl.make_tensor_descriptor(y, [M, N], [N, 1], [BLOCK, BLOCK])
+    target.store([tl.program_id(0) * BLOCK, 0], source.load([tl.program_id(0) * BLOCK, 0]) * 2)
+
+
+def test_tensor_memory_access_is_refused_where_the_compiler_uses_it():
+    x, y = torch.randn(64, 32), torch.zeros(64, 32)
+    with executing(86):
+        _described[(2,)](x, y, 64, 32, BLOCK=32)
+    assert torch.equal(y, 2 * x)
+    with pytest.raises(UnsupportedInstructionError, match="tensormap"), executing(120):
+        _described[(2,)](x, y, 64, 32, BLOCK=32)
