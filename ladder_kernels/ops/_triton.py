@@ -16,26 +16,51 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Host", "host", "launch", "missing", "on_host", "unsupported"]
+__all__ = [
+    "DTYPES",
+    "HOST_TARGET",
+    "Host",
+    "host",
+    "host_target",
+    "launch",
+    "missing",
+    "on_host",
+    "unsupported",
+]
 
-Host = Literal["interpreter", "executor"]
-"""What runs a kernel on a CPU."""
+Host = Literal["interpreter", "executor", "recorder"]
+"""What takes a kernel in place of a GPU."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What kernels compute with."""
 
-_host: ContextVar[Host | None] = ContextVar("ladder_kernels_host", default=None)
+HOST_TARGET = "sm_86"
+"""The GPU whose configurations are taken for tensors on a CPU, unless another one is named."""
+
+_host: ContextVar[tuple[Host, str] | None] = ContextVar("ladder_kernels_host", default=None)
 
 
 def host() -> Host | None:
     """What runs kernels on CPU tensors here; ``None``: nothing does."""
-    return _host.get()
+    chosen = _host.get()
+    return None if chosen is None else chosen[0]
+
+
+def host_target() -> str:
+    """The GPU whose configurations are taken for tensors on a CPU, such as ``"sm_86"``."""
+    chosen = _host.get()
+    return HOST_TARGET if chosen is None else chosen[1]
 
 
 @contextmanager
-def on_host(kind: Host) -> Iterator[None]:
-    """Let Triton launchers take CPU tensors: ``kind`` runs them, as its caller has arranged."""
-    token = _host.set(kind)
+def on_host(kind: Host, target: str = HOST_TARGET) -> Iterator[None]:
+    """Let Triton launchers take tensors that are on no GPU.
+
+    Args:
+        kind: What runs their kernels, as the caller has arranged.
+        target: The GPU that they take the tensors to be on.
+    """
+    token = _host.set((kind, target))
     try:
         yield
     finally:
@@ -52,6 +77,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object)
         options: Its constants, and Triton's own, such as ``num_warps``.
     """
     first: Any = args[0]
+    # Multiply and add in one rounding: Triton's default until 3.9, and asked for explicitly since.
+    options = {"enable_fp_fusion": True, **options}
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[grid](*args, **options)
