@@ -31,7 +31,7 @@ from ladder_kernels.audit.ptx.errors import (
     UnsupportedInstructionError,
 )
 from ladder_kernels.audit.ptx.execution import Kernel, execute
-from ladder_kernels.audit.ptx.launch import LaunchRecord, compile_kernel, executing
+from ladder_kernels.audit.ptx.launch import LaunchRecord, executing
 from ladder_kernels.audit.ptx.state import Schedule
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "Schedule",
     "SharedTraffic",
     "UnsupportedInstructionError",
-    "compile_kernel",
     "execute",
     "executing",
 ]
