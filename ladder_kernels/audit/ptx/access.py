@@ -35,7 +35,7 @@ def count(
     threads: Threads, space: str, addresses: Array, mask: Array | None, nbytes: int, *, load: bool
 ) -> None:
     """Tell the counters, if there are any, of an access."""
-    counters = threads.launch.counters
+    counters = threads.run.counters
     if counters is None or space == "local":
         return
     of_global = counters.loads if load else counters.stores
@@ -101,7 +101,7 @@ def _load_parameter(instruction: Instruction, lowering: Lowering) -> Action:
     writers = lowering.write_all(items(instruction.operands[0]), kind)
 
     def action(threads: Threads, mask: Array | None) -> None:
-        values = np.frombuffer(threads.launch.parameters, kind.dtype, len(writers), first)
+        values = np.frombuffer(threads.run.parameters, kind.dtype, len(writers), first)
         for position, write in enumerate(writers):
             write(threads, values[position : position + 1], mask)
 

@@ -117,7 +117,7 @@ def _begin(instruction: Instruction, lowering: Lowering) -> Action:
         data = _fetch(threads, source(threads), mask, np.minimum(lengths, size), size)
         count(threads, "shared", goals, mask, size, load=False)
         places = places[:, None] + np.arange(size)
-        if not threads.launch.schedule.late_copies:
+        if not threads.run.schedule.late_copies:
             shared.bytes[places] = data
             return
         shared.bytes[places] = GARBAGE

@@ -16,7 +16,7 @@ from ladder_kernels.audit.ptx.errors import BarrierError, PTXError
 from ladder_kernels.audit.ptx.instructions import Control, Step, lower
 from ladder_kernels.audit.ptx.memory import BlockMemory
 from ladder_kernels.audit.ptx.parser import Instruction, Program, parse
-from ladder_kernels.audit.ptx.state import NO_BARRIER, WARP, Launch, Schedule, Threads
+from ladder_kernels.audit.ptx.state import NO_BARRIER, WARP, Run, Schedule, Threads
 from ladder_kernels.audit.ptx.types import Array
 
 __all__ = ["Kernel", "execute"]
@@ -97,7 +97,7 @@ def execute(
             f"not {WARP * warps}"
         )
     binding = bind(kernel.program, arguments)
-    launch = Launch(
+    run = Run(
         program=kernel.program,
         grid=_three(sizes),
         block_threads=WARP * warps,
@@ -106,7 +106,7 @@ def execute(
         schedule=schedule or Schedule(),
         counters=counters,
     )
-    return _run(kernel, launch, shared_bytes, binding)
+    return _run(kernel, run, shared_bytes, binding)
 
 
 def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:
@@ -114,30 +114,30 @@ def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:
     return columns, rows, layers
 
 
-def _run(kernel: Kernel, launch: Launch, shared_bytes: int, binding: Binding) -> int:
+def _run(kernel: Kernel, run: Run, shared_bytes: int, binding: Binding) -> int:
     executed = 0
     # Overflow and NaN are for the kernel to care about.
     with np.errstate(all="ignore"):
-        for blocks in _batches(launch):
-            groups = _groups(launch, blocks, shared_bytes)
+        for blocks in _batches(run):
+            groups = _groups(run, blocks, shared_bytes)
             _run_groups(groups, kernel)
             executed += sum(group.executed for group in groups)
     binding.write_back()
     return executed
 
 
-def _batches(launch: Launch) -> Iterator[Array]:
+def _batches(run: Run) -> Iterator[Array]:
     """Coordinates of the blocks that run together, for speed alone: they share no more for it.
 
     A block that waits for another could wait for ever if both ran in step: where code may do so,
     one block runs after the other.
     """
-    columns, rows, layers = launch.grid
+    columns, rows, layers = run.grid
     order = [(x, y, z) for z, y, x in itertools.product(range(layers), range(rows), range(columns))]
-    if launch.schedule.reverse:
+    if run.schedule.reverse:
         order.reverse()
-    waits = any(_may_wait(instruction) for instruction in launch.program.instructions)
-    size = 1 if waits else max(1, _THREADS_TOGETHER // launch.block_threads)
+    waits = any(_may_wait(instruction) for instruction in run.program.instructions)
+    size = 1 if waits else max(1, _THREADS_TOGETHER // run.block_threads)
     for first in range(0, len(order), size):
         yield np.array(order[first : first + size], np.int64)
 
@@ -146,20 +146,20 @@ def _may_wait(instruction: Instruction) -> bool:
     return instruction.opcode in ("atom", "ld") and instruction.has(*_WAITING)
 
 
-def _groups(launch: Launch, blocks: Array, shared_bytes: int) -> list[Threads]:
+def _groups(run: Run, blocks: Array, shared_bytes: int) -> list[Threads]:
     """The threads of these blocks as groups that step together, in the order in which they run.
 
     In lockstep there is one group. Otherwise there is one for each warp of a block, which holds
     that warp of every block.
     """
-    shared = BlockMemory("shared", launch.program.shared_bytes + shared_bytes, len(blocks))
-    together = launch.block_threads if launch.schedule.lockstep else WARP
+    shared = BlockMemory("shared", run.program.shared_bytes + shared_bytes, len(blocks))
+    together = run.block_threads if run.schedule.lockstep else WARP
     groups = []
-    for first in range(0, launch.block_threads, together):
+    for first in range(0, run.block_threads, together):
         ids = np.arange(first, first + together)
         copies = PendingCopies(len(ids) * len(blocks))
-        groups.append(Threads(launch, blocks, shared, ids, copies))
-    return groups[::-1] if launch.schedule.reverse else groups
+        groups.append(Threads(run, blocks, shared, ids, copies))
+    return groups[::-1] if run.schedule.reverse else groups
 
 
 def _run_groups(groups: Sequence[Threads], kernel: Kernel) -> None:
@@ -199,7 +199,7 @@ def _apart(groups: Sequence[Threads], waiting: Array, kernel: Kernel) -> PTXErro
 def _run_to_barrier(threads: Threads, kernel: Kernel) -> None:
     """Run until every thread has returned or waits at a barrier that others must reach too."""
     steps, flow = kernel.steps, threads.flow
-    counters = threads.launch.counters
+    counters = threads.run.counters
     for _ in range(_MOST_STEPS):
         place, active = flow.current()
         if place >= len(steps):
@@ -229,7 +229,7 @@ def _take(threads: Threads, step: Step, place: int, active: Array | None) -> Non
     elif step.control is Control.BARRIER:
         _check_whole_blocks(threads, mask)
         # In lockstep the whole block is here and goes on.
-        if threads.launch.schedule.lockstep:
+        if threads.run.schedule.lockstep:
             flow.advance(place, active)
         else:
             flow.wait(place, active, mask)

@@ -201,7 +201,7 @@ def _special(name: str, kind: PTXType) -> Reader:
         "%tid.x": lambda threads: threads.ids,
         "%laneid": lambda threads: threads.ids % np.uint32(32),
         "%warpid": lambda threads: threads.ids // np.uint32(32),
-        "%ntid.x": lambda threads: np.array([threads.launch.block_threads]),
+        "%ntid.x": lambda threads: np.array([threads.run.block_threads]),
         "%tid.y": lambda threads: np.array([0]),
         "%tid.z": lambda threads: np.array([0]),
         "%ntid.y": lambda threads: np.array([1]),
@@ -218,5 +218,5 @@ def _special(name: str, kind: PTXType) -> Reader:
         raise UnsupportedInstructionError(f"the special register {name} is not modelled")
     axis = "xyz".index(match.group(2))
     if match.group(1) == "nctaid":
-        return lambda threads: np.array([threads.launch.grid[axis]], dtype)
+        return lambda threads: np.array([threads.run.grid[axis]], dtype)
     return lambda threads: threads.blocks[threads.block, axis].astype(dtype)

@@ -56,8 +56,7 @@ def _unpack_vector(
     wide, narrow = UNSIGNED[bits], UNSIGNED[part]
 
     def action(threads: Threads, mask: Array | None) -> None:
-        # A copy: a destination may be the source.
-        value = read(threads).copy()
+        value = read(threads)
         for position, write in enumerate(writers):
             write(threads, (value >> wide.type(part * position)).astype(narrow), mask)
 

@@ -16,7 +16,7 @@ from ladder_kernels.audit.ptx.types import UNSIGNED, Array
 if TYPE_CHECKING:
     from ladder_kernels.audit.ptx.asynchronous import PendingCopies
 
-__all__ = ["EXITED", "NO_BARRIER", "WAITING", "WARP", "Flow", "Launch", "Schedule", "Threads"]
+__all__ = ["EXITED", "NO_BARRIER", "WAITING", "WARP", "Flow", "Run", "Schedule", "Threads"]
 
 WARP = 32
 """Threads of a warp."""
@@ -48,8 +48,8 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What all threads of a launch share."""
+class Run:
+    """What all threads of a run share."""
 
     program: Program
     grid: tuple[int, int, int]
@@ -122,7 +122,7 @@ class Threads:
     """Threads in lockstep: those of one or more blocks, or one warp of each of them.
 
     Attributes:
-        launch: What they share with all others.
+        run: What they share with all others.
         count: How many they are.
         ids: uint32, each thread's index in its block.
         blocks: int64 ``[blocks, 3]``, the coordinates of the blocks that they belong to.
@@ -138,13 +138,13 @@ class Threads:
 
     def __init__(
         self,
-        launch: Launch,
+        run: Run,
         blocks: Array,
         shared: BlockMemory,
         ids: Array,
         copies: PendingCopies,
     ) -> None:
-        self.launch = launch
+        self.run = run
         self.ids = np.tile(ids.astype(np.uint32), len(blocks))
         self.count = len(self.ids)
         self.blocks = blocks
@@ -153,10 +153,10 @@ class Threads:
             "shared": self.block if len(blocks) > 1 else None,
             "local": np.arange(self.count),
         }
-        self.memories: dict[str, Memory] = {"global": launch.global_memory, "shared": shared}
-        if launch.program.local_bytes:
-            self.memories["local"] = BlockMemory("local", launch.program.local_bytes, self.count)
-        self.registers = [self._garbage(bits) for bits in launch.program.register_bits]
+        self.memories: dict[str, Memory] = {"global": run.global_memory, "shared": shared}
+        if run.program.local_bytes:
+            self.memories["local"] = BlockMemory("local", run.program.local_bytes, self.count)
+        self.registers = [self._garbage(bits) for bits in run.program.register_bits]
         self.copies = copies
         self.carry = np.zeros(self.count, bool)
         self.flow = Flow(self.count)

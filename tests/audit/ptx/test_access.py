@@ -60,11 +60,32 @@ def test_below_an_argument(piece):
     assert (caught.value.argument, caught.value.offset) == ("target", -4)
 
 
-def test_half_of_a_vector_out_of_bounds(piece):
-    source, target = np.zeros(63, np.uint32), np.zeros(1, np.uint32)
-    body = _START + "mad.wide.u32 %a2, %t, 8, %a0; ld.global.v2.b32 {%r1,%r2}, [%a2];"
+@pytest.mark.parametrize(
+    ("size", "vector", "registers"),
+    [
+        (63, ".v2", "{%r1,%r2}"),
+        (125, ".v4", "{%r1,%r2,%r3,%r4}"),
+        (126, ".v4", "{%r1,%r2,%r3,%r4}"),
+    ],
+)
+def test_part_of_a_vector_out_of_bounds(piece, size, vector, registers):
+    source, target = np.zeros(size, np.uint32), np.zeros(1, np.uint32)
+    step = 8 if vector == ".v2" else 16
+    body = _START + (
+        f"mad.wide.u32 %a2, %t, {step}, %a0; ld.global{vector}.b32 {registers}, [%a2];"
+    )
     with pytest.raises(MemoryAccessError, match="1 thread"):
         _run(piece, body, source, target)
+
+
+def test_only_the_threads_of_a_mask_load_and_store(piece):
+    source, target = np.arange(1, 33, dtype=np.uint32), np.zeros(32, np.uint32)
+    body = _EACH + (
+        "mov.u32 %r1, 99; setp.ge.u32 %p1, %t, 8; @%p1 ld.global.b32 %r1, [%a2]; "
+        "setp.lt.u32 %p1, %t, 30; @%p1 st.global.b32 [%a3], %r1;"
+    )
+    _run(piece, body, source, target)
+    assert target.tolist() == [99] * 8 + list(range(9, 31)) + [0, 0]
 
 
 def test_misaligned(piece):

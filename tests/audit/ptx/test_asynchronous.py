@@ -56,6 +56,24 @@ def test_a_copy_that_nothing_waits_for_has_not_landed(piece, wait):
     assert np.array_equal(source, target)
 
 
+def test_what_a_copy_will_overwrite_is_lost_at_once(piece):
+    zero = "mov.b32 %r1, 0; st.shared.v4.b32 [%r9], {%r1,%r1,%r1,%r1};"
+    _, target = _copy(piece, zero + _BEGIN)
+    assert np.isnan(target).all()
+
+
+def test_a_thread_waits_for_its_own_copies_alone(piece):
+    body = _BEGIN + "setp.lt.u32 %p1, %t, 16; @%p1 cp.async.wait_all;"
+    source, target = (array.reshape(32, 4) for array in _copy(piece, body))
+    assert np.array_equal(target[:16], source[:16])
+    assert np.isnan(target[16:]).all()
+    # Every thread has closed its group, and half of them wait for it.
+    body = _BEGIN + "cp.async.commit_group; setp.lt.u32 %p1, %t, 16; @%p1 cp.async.wait_group 0;"
+    source, target = (array.reshape(32, 4) for array in _copy(piece, body))
+    assert np.array_equal(target[:16], source[:16])
+    assert np.isnan(target[16:]).all()
+
+
 def test_only_the_older_groups_have_landed(piece):
     body = (
         "cp.async.ca.shared.global [%r9], [%a2], 8; cp.async.commit_group; "

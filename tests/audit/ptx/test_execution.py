@@ -131,6 +131,30 @@ def test_a_step_may_change_its_own_guard(piece):
     assert np.array_equal(found, np.arange(32) < 8)
 
 
+def test_a_step_with_two_results_may_change_its_own_guard(piece):
+    body = _PLACE + (
+        "setp.lt.u32 %p1, %t, 16; setp.lt.u32 %p2, %t, 0; @%p1 setp.lt.u32 %p1|%p2, %t, 8; "
+        "selp.b32 %r9, 1, 0, %p2; st.global.b32 [%a0], %r9;"
+    )
+    found = np.zeros(32, np.uint32)
+    execute(piece(body, 1), [found], (1,), warps=1, shared_bytes=0)
+    assert np.array_equal(found, (np.arange(32) >= 8) & (np.arange(32) < 16))
+
+
+@pytest.mark.parametrize("schedule", _EVERY)
+def test_the_order_of_blocks_and_warps(piece, schedule):
+    # All write to one place: who comes last stays.
+    body = """
+        ld.param.b64 %a0, [p0]; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %warpid;
+        mad.lo.u32 %r3, %r1, 10, %r2; st.global.b32 [%a0], %r3;
+    """
+    found = np.full(1, 99, np.uint32)
+    execute(piece(body, 1), [found], (3,), warps=2, shared_bytes=0, schedule=schedule)
+    block, warp = divmod(int(found[0]), 10)
+    assert block == (0 if schedule.reverse else 2)
+    assert warp == (0 if schedule.reverse and not schedule.lockstep else 1)
+
+
 def test_a_trap(piece):
     with pytest.raises(PTXError, match="trapped"):
         execute(piece("trap;", 0), [], (1,), warps=1, shared_bytes=0)

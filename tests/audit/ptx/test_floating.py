@@ -66,6 +66,9 @@ def test_subnormals_are_flushed_where_asked(evaluate):
     half = np.full(32, 0.5, np.float32)
     assert (evaluate("mul.f32 %r9,%r0,%r1;", _f32(small), _f32(half)).view(np.float32) > 0).all()
     assert (evaluate("mul.ftz.f32 %r9,%r0,%r1;", _f32(small), _f32(half)) == 0).all()
+    # Before the operation, too.
+    large = np.full(32, 1e20, np.float32)
+    assert (evaluate("mul.ftz.f32 %r9,%r0,%r1;", _f32(small), _f32(large)) == 0).all()
 
 
 _NARROW = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -96,6 +99,14 @@ def test_fused_products_of_16_bits_are_rounded_once(evaluate, name):
     back = torch.from_numpy(found.view(np.int16)).view(_NARROW[name]).double()
     spacing = torch.finfo(_NARROW[name]).eps * exact.abs()
     assert ((back - exact).abs() <= spacing / 2 + 1e-9).all()
+
+
+def test_fused_products_of_f16_are_not_rounded_to_f32_first(evaluate):
+    # A hair below the middle between two f16, which float32 cannot tell from the middle.
+    a, b, c = 2.0**-5 * (1 + 2.0**-10), 2.0**-6 * (1 - 2.0**-10), 1 + 2.0**-10
+    raw = [np.full(32, value, np.float16).view(np.uint16) for value in (a, b, c)]
+    found = evaluate("fma.rn.f16 %h9,%h0,%h1,%h2;", *raw, bits=16).view(np.float16)
+    assert (found == c).all()
 
 
 def test_fused_product_of_f32_keeps_what_two_roundings_lose(evaluate):

@@ -620,3 +620,38 @@ def test_tensor_memory_access_is_refused_where_the_compiler_uses_it():
     assert torch.equal(y, 2 * x)
     with pytest.raises(UnsupportedInstructionError, match="tensormap"), executing(120):
         _described[(2,)](x, y, 64, 32, BLOCK=32)
+
+
+@triton.jit
+def _hinted(x, y, N, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < N
+    first = tl.load(x + places, mask=mask, eviction_policy="evict_last")
+    second = tl.load(x + places, mask=mask, cache_modifier=".cg")
+    third = tl.load(x + places, mask=mask, other=7.0, volatile=True)
+    tl.store(y + places, first + second + third, mask=mask, cache_modifier=".cs")
+
+
+@pytest.mark.parametrize("target", [75, 86, 120])
+def test_hints_to_caches(target):
+    x, y = torch.randn(300), torch.zeros(300)
+    with executing(target):
+        _hinted[(3,)](x, y, 300, BLOCK=128)
+    torch.testing.assert_close(y, 3 * x, rtol=1e-6, atol=0)
+
+
+@triton.jit
+def _ordered(x, y, most, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    a = tl.load(x + places)
+    tl.store(y + places, tl.sort(a))
+    tl.store(most, tl.argmax(a, 0))
+
+
+@pytest.mark.parametrize("order", _ORDERS[1:3])
+def test_sorting_and_places(order):
+    x, y, most = torch.randn(128), torch.zeros(128), torch.zeros(1, dtype=torch.int32)
+    with executing(80, **order):
+        _ordered[(1,)](x, y, most, BLOCK=128, num_warps=4)
+    assert torch.equal(y, x.sort().values)
+    assert most == x.argmax()

@@ -46,6 +46,17 @@ def test_votes(evaluate, mode, limit, expected):
     assert (evaluate(body) == expected).all()
 
 
+def test_threads_that_do_not_take_part_have_no_vote(evaluate):
+    body = (
+        "setp.lt.u32 %p1,%t,8; setp.lt.u32 %p2,%t,4; mov.u32 %r9,7; "
+        "@%p1 vote.sync.{mode}.pred %p3,{vote},255; @%p1 selp.b32 %r9,1,0,%p3;"
+    )
+    every = evaluate(body.format(mode="all", vote="%p1"))
+    assert every.tolist() == [1] * 8 + [7] * 24
+    some = evaluate(body.format(mode="all", vote="%p2"))
+    assert some.tolist() == [0] * 8 + [7] * 24
+
+
 def test_ballot_and_active_mask(evaluate):
     ballot = "setp.lt.u32 %p1,%t,5; vote.sync.ballot.b32 %r9,%p1,-1;"
     assert (evaluate(ballot) == 31).all()
