@@ -101,7 +101,7 @@ METHODS: Mapping[str, Method] = {
     # with the widths that make them equal (2.82 M and 2.81 M), below a re-entry.
     "lst of 8": Method(config=_lst(every=4, width=144)),
     "xladder 4+4": Method(config=_xladder(4, 4, 160)),
-    "lst of 8, re-entry 1/2": Method(config=_ladder(0.5, rungs=8, width=144, block="attention")),
+    "lst of 8, re-entry 1/2": Method(config=_ladder(0.5, rungs=8, width=144, block="transformer")),
     "xladder 4+4, re-entry 1/2": Method(config=_xladder(4, 4, 154, 0.5)),
 }
 """Every method by the name that rows of results have."""

@@ -120,24 +120,23 @@ def _xladder() -> Iterator[Trial]:
 
 SIZES = {
     "QLoRA, rank 1 to 64": {"qlora r1": 1.0, "qlora r4": 1.0, "qlora": 1.0, "qlora r64": 1.0},
-    "ladder with re-entry, width 18 to 288": {
+    "re-entry, width 18 to 144": {
         "re-entry 1/2 d18": 1.0,
         "re-entry 1/2 d36": 1.0,
         "re-entry 1/2": 1.0,
         "re-entry 1/2 d144": 0.5,
-        "re-entry 1/2 d288": 0.25,
     },
 }
 """Sizes of one method each, and the factor on the learning rate of each size."""
 
 
 def _scaling() -> Iterator[Trial]:
-    for base in ("calibrated", "cut"):
+    for base, examples in (("cut", 100), ("calibrated", 250)):
         for sizes in SIZES.values():
             for method, rate in sizes.items():
                 yield Trial(
                     study="scaling", task="docstrings", base=base, method=method, rate=rate,
-                    steps=_STEPS,
+                    steps=_STEPS, examples=examples,
                 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Every kernel in every configuration that ships, compiled for every target, and what is wrong.
 
-What is compiled is what the launchers launch: each case of :mod:`~ladder_kernels.audit.catalogue` is
-called with tensors that have shapes and no memory, for each target, and its launches are recorded.
+What is compiled is what the launchers launch: each case of
+:mod:`~ladder_kernels.audit.catalogue` is called with tensors that have shapes and no memory, for
+each target, and its launches are recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ladder_kernels import nf4, ops
 from ladder_kernels.audit.binary import Binary, compile_kernel
-from ladder_kernels.audit.catalogue import CASES, Case
+from ladder_kernels.audit.catalogue import Case, cases, work_of
 from ladder_kernels.audit.launches import Launch, recording
 from ladder_kernels.audit.model import Work, modelled_seconds
 from ladder_kernels.audit.targets import DEVICES, Target
@@ -46,19 +47,20 @@ class Finding:
     faults: tuple[str, ...] = ()
 
 
-def audit(targets: Sequence[Target], cases: Sequence[Case] = CASES) -> Iterator[Finding]:
-    """Compile what ``cases`` launch for ``targets``.
+def audit(targets: Sequence[Target], chosen: Sequence[Case] | None = None) -> Iterator[Finding]:
+    """Compile what cases launch for targets.
 
     Args:
         targets: Of :data:`~ladder_kernels.audit.targets.TARGETS`.
-        cases: What to call.
+        chosen: What to call; default: everything.
 
     Yields:
         A finding a launch and target. Launches of the same code are compiled once.
     """
+    called = tuple(cases()) if chosen is None else chosen
     for target in targets:
         known: dict[object, Binary] = {}
-        for case in cases:
+        for case in called:
             with recording(target.name) as launches:
                 case.call()
             for launch in launches:
@@ -82,7 +84,12 @@ def _finding(case: Case, launch: Launch, target: Target, known: dict[object, Bin
                 binary=None, faults=(str(error),),
             )  # fmt: skip
     binary = known[launch.key]
-    work = case.work(launch)
+    work = work_of(launch)
+    if work is None:
+        return Finding(
+            case=case.name, kernel=launch.name, target=target.name, launch=launch,
+            binary=binary, faults=("a kernel that the catalogue does not know",),
+        )  # fmt: skip
     programs, warps = _programs(launch), launch.options.get("num_warps", 4)
     seconds = {
         device.name: modelled_seconds(binary, work, device, programs=programs, warps=warps)
@@ -112,7 +119,7 @@ def _faults(binary: Binary, work: Work, target: Target) -> Iterator[str]:
         yield f"{binary.spilled} spilled registers, {binary.stack} bytes of stack"
     if binary.shared > target.shared_limit:
         yield f"{binary.shared} bytes of shared memory, more than {target.shared_limit}"
-    if work.matrix and target.matrix_units and not binary.whole.matrix:
+    if work.operations and target.matrix_units and not binary.whole.matrix:
         yield "a matrix product without matrix instructions"
 
 

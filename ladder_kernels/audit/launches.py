@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ladder_kernels.ops._triton import HOST_TARGET, on_host
+from ladder_kernels.launch import HOST_TARGET, on_host
 
 __all__ = ["Launch", "launch_of", "recording"]
 

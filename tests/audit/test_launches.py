@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 import triton
 
 from ladder_kernels.audit.launches import launch_of, recording
-from ladder_kernels.ops import _triton
+from ladder_kernels.launch import host, host_target
 from ladder_kernels.ops.rms_norm import gpu
 from tests.audit.kernels import _scale_kernel
 
@@ -52,12 +52,12 @@ def test_launchers_are_recorded_without_memory():
     x = torch.empty(2048, 3584, dtype=torch.bfloat16, device="meta")
     run = triton.JITFunction.run
     with recording("sm_120") as launches:
-        assert (_triton.host(), _triton.host_target()) == ("recorder", "sm_120")
+        assert (host(), host_target()) == ("recorder", "sm_120")
         assert gpu.rms_norm(x, x[0], 1e-6).shape == x.shape
         gpu.rms_norm_backward(x, x, None, 1e-6, True)
         gpu.rms_norm(x, x[0], 1e-5)
     assert triton.JITFunction.run is run
-    assert (_triton.host(), _triton.host_target()) == (None, "sm_86")
+    assert (host(), host_target()) == (None, "sm_86")
     assert [launch.name for launch in launches] == [
         "_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_rms_norm_forward_kernel",
     ]  # fmt: skip

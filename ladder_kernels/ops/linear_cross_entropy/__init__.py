@@ -60,8 +60,9 @@ def linear_cross_entropy(
         A 0-d tensor, or ``[...]`` for "none"; float32, or float64 for float64 ``hidden``.
 
     Raises:
-        ConfigError: an unknown reduction, a softcap that is not above 0, a label out of range, a
-            shape, dtype or device that does not fit, or ``create_graph=True`` in the backward
+        ConfigError: an unknown reduction, a softcap that is not above 0, a label out of range (in
+            Triton on a GPU that is a device-side assertion instead: nothing waits for the device),
+            a shape, dtype or device that does not fit, or ``create_graph=True`` in the backward
             pass.
         BackendError: a backend forced by name cannot run this call.
     """

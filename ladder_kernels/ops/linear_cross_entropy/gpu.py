@@ -1,0 +1,724 @@
+"""Cross entropy of a linear head in Triton, without the ``[T, V]`` logits; see ``reference.py``.
+
+As in the reference, the vocabulary is swept once, a chunk of the head at a time, for a block of
+tokens at a time, and every logit is computed once, for the loss and for the gradient of ``hidden``.
+(To store only logsumexps and to compute logits again for the gradient, as attention does, costs a
+third matrix product of this size, and since no program can hold a ``[tokens, D]`` sum, it would
+need the workspace below all the same.) For each chunk:
+
+    logits    a program makes a tile of logits and keeps, of the tokens' labels apart, each token's
+              maximum ``m`` in the tile, its sum of exp(l - m), and the tile's share exp(l - m) * s
+              in the dtype of the products: at most 1, the largest of a token exactly 1, so that
+              float16 and bfloat16 keep what is small as long as it matters
+    combine   the running maximum and sum of each token, and the factor of each tile
+    expected  sum of share @ head, scaled tile by tile, onto a float32 sum; the rows of labels are
+              put aside as they come by, so an NF4 head is dequantised once
+
+and after the sweep ``hidden`` puts the gradient together: labels join the sums at the end, so tiny
+losses and their gradients are right. The gradient of a dense head has two kernels of its own:
+``change`` makes (p - [v = label]) * s * dloss of a chunk anew, ``head`` multiplies it by hidden.
+
+Nothing waits for the device. Tokens that count are put first by a stable sort, and kernels read
+from memory how many these are: blocks of ignored tokens end at once, without a product. A label out
+of range is a device assertion on a GPU, as PyTorch's own cross entropy makes it.
+
+Memory: at most ``TOKENS`` x ``VOCABULARY`` shares and two [TOKENS, D] (float32, and the head's
+dtype), for an NF4 head ``VOCABULARY`` dequantised rows, and a few numbers a token and tile. No
+atomics, every sum in an order that depends on shapes alone: the same bits in every run.
+
+Layout: rows of adjacent elements, any distance apart. If hidden and head have one dtype, products
+are of it (float32: in float32 proper, not in TF32), else of float32; sums are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.ops import _triton
+from ladder_kernels.ops._numeric import blocks
+from ladder_kernels.ops.linear_cross_entropy.reference import kept_tokens
+
+__all__ = ["TOKENS", "VOCABULARY", "head_grad", "linear_cross_entropy", "unsupported"]
+
+TOKENS = 4096
+"""Tokens of one block."""
+VOCABULARY = 4096
+"""Rows of the head in one chunk."""
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What a program makes, ``rows x columns``, ``inner`` numbers of each sum at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# By whether products are of float32, which no tensor core multiplies exactly. Modelled: nothing was
+# timed.
+_LOGITS = {False: _Tile(128, 128, 64, 8, 3), True: _Tile(64, 64, 32, 8, 3)}
+_PRODUCT = {False: _Tile(128, 128, 32, 8, 4), True: _Tile(64, 64, 16, 8, 3)}
+# Tokens of a program that combines tiles; numbers of a gradient's row at a time; warps of both.
+_COMBINED = 32
+_GRADIENT = 1024
+_WARPS = 4
+
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+# A power of two that keeps small probabilities of float16 from vanishing; the largest is 1.
+_CHANGE_SCALE = 2.0**14
+
+
+def unsupported(*args: object) -> str | None:
+    """Say why a call cannot run in Triton; ``None`` if it can."""
+    tensors = [value for value in args if isinstance(value, Tensor) and value.is_floating_point()]
+    return _triton.unsupported(*tensors, products=True)
+
+
+@triton.jit
+def _tanh(x):
+    # The exact formula loses digits near zero, where the series has enough of them.
+    square = x * x
+    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
+    series = x + x * square * (-1.0 / 3.0 + square * series)
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    exact = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -exact, exact))
+
+
+@triton.jit
+def _logits(
+    hidden,  # [T, D]
+    head,  # [rows, D]
+    tokens,  # [ROWS], of which those of is_token are read
+    is_token,
+    entries,  # [COLUMNS], of which those below rows are read
+    hidden_stride,
+    head_stride,
+    rows,
+    D,
+    softcap,
+    logit_scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """A tile of logits and their slopes dl/dz, ``[ROWS, COLUMNS]``, 0 and 1 where it reads none."""
+    MIXED: tl.constexpr = hidden.dtype.element_ty != head.dtype.element_ty
+    along = tl.arange(0, INNER)
+    at_hidden = hidden + tokens[:, None] * hidden_stride + along[None, :]
+    at_head = head + entries.to(tl.int64)[:, None] * head_stride + along[None, :]
+    is_entry = entries < rows
+    logits = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, D, INNER):
+        left = along < D - start
+        x = tl.load(at_hidden + start, mask=is_token[:, None] & left[None, :], other=0.0)
+        weight = tl.load(at_head + start, mask=is_entry[:, None] & left[None, :], other=0.0)
+        if MIXED:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        logits = tl.dot(x, tl.trans(weight), logits, input_precision="ieee")
+    logits *= logit_scale
+    slope = 1.0
+    if softcap is not None:
+        capped = _tanh(logits / softcap)
+        logits = capped * softcap
+        slope = 1.0 - capped * capped
+    return logits, slope
+
+
+@triton.jit
+def _linear_cross_entropy_logits_kernel(
+    hidden,  # [T, D]
+    head,  # [rows, D], the chunk that begins with row ``first``
+    labels,  # [T] int64
+    order,  # [T] int64, tokens that count come first
+    count,  # [] int64, how many count
+    at_label,  # [T] float32, the label's logit
+    highest,  # [tiles, block] float32, the maximum of each tile, the label apart
+    summed,  # [tiles, block] float32, sums of exp(l - highest)
+    share,  # [block, chunk], exp(l - highest) * slope, or None
+    hidden_stride,
+    head_stride,
+    share_stride,
+    begin,  # the block's first position in order
+    block,
+    first,
+    rows,
+    D,
+    softcap,
+    logit_scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    counted = tl.minimum(tl.load(count) - begin, block)
+    if tl.program_id(0) * ROWS >= counted:
+        return
+    is_token = positions < counted
+    tokens = tl.load(order + begin + positions, mask=is_token, other=0)
+    entries = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    logits, slope = _logits(
+        hidden,
+        head,
+        tokens,
+        is_token,
+        entries,
+        hidden_stride,
+        head_stride,
+        rows,
+        D,
+        softcap,
+        logit_scale,
+        ROWS,
+        COLUMNS,
+        INNER,
+    )
+    column = tl.load(labels + tokens, mask=is_token, other=-1) - first
+    own = column[:, None] == entries[None, :]
+    found = tl.sum(tl.where(own, logits, 0.0), 1)
+    here = column - tl.program_id(1) * COLUMNS
+    is_here = (here >= 0) & (here < COLUMNS) & (column < rows)
+    tl.store(at_label + tokens, found, mask=is_token & is_here)
+    logits = tl.where(own | (entries >= rows)[None, :], float("-inf"), logits)
+    # A tile may hold nothing but the label.
+    maximum = tl.maximum(tl.max(logits, 1), _LOWEST)
+    shares = tl.exp(logits - maximum[:, None])
+    at_tile = tl.program_id(1).to(tl.int64) * block + positions
+    tl.store(highest + at_tile, maximum, mask=is_token)
+    tl.store(summed + at_tile, tl.sum(shares, 1), mask=is_token)
+    if share is not None:
+        at_share = share + positions.to(tl.int64)[:, None] * share_stride + entries[None, :]
+        tl.store(
+            at_share,
+            (shares * slope).to(share.dtype.element_ty),
+            mask=is_token[:, None] & (entries < rows)[None, :],
+        )
+
+
+@triton.jit
+def _linear_cross_entropy_combine_kernel(
+    order,  # [T] int64
+    count,  # [] int64
+    highest,  # [tiles, block] float32; becomes each tile's factor
+    summed,  # [tiles, block] float32
+    maximum,  # [T] float32, updated
+    total,  # [T] float32, updated: the sum of exp(l - maximum), the label apart
+    shrink,  # [block] float32, the factor of what was summed before
+    begin,
+    block,
+    tiles,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    counted = tl.minimum(tl.load(count) - begin, block)
+    if tl.program_id(0) * ROWS >= counted:
+        return
+    is_token = positions < counted
+    tokens = tl.load(order + begin + positions, mask=is_token, other=0)
+    lines = tl.arange(0, TILES)
+    inside = (lines < tiles)[:, None] & is_token[None, :]
+    at_tile = lines.to(tl.int64)[:, None] * block + positions[None, :]
+    of_tiles = tl.load(highest + at_tile, mask=inside, other=_LOWEST)
+    sums = tl.load(summed + at_tile, mask=inside, other=0.0)
+    before = tl.load(maximum + tokens, mask=is_token, other=0.0)
+    after = tl.maximum(before, tl.max(of_tiles, 0))
+    factors = tl.exp(of_tiles - after[None, :])
+    shrunk = tl.exp(before - after)
+    whole = tl.load(total + tokens, mask=is_token, other=0.0) * shrunk + tl.sum(sums * factors, 0)
+    tl.store(highest + at_tile, factors, mask=inside)
+    tl.store(maximum + tokens, after, mask=is_token)
+    tl.store(total + tokens, whole, mask=is_token)
+    tl.store(shrink + positions, shrunk, mask=is_token)
+
+
+@triton.jit
+def _linear_cross_entropy_expected_kernel(
+    share,  # [block, chunk]
+    factor,  # [tiles, block] float32
+    shrink,  # [block] float32
+    head,  # [rows, D], the chunk that begins with row ``first``
+    labels,  # [T] int64
+    order,  # [T] int64
+    count,  # [] int64
+    expected,  # [block, D] float32, updated: the sum of exp(l - maximum) * s * head, label apart
+    label_rows,  # [block, D], where the label is in the chunk: its row of the head
+    share_stride,
+    head_stride,
+    begin,
+    block,
+    first,
+    rows,
+    D,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    MIXED: tl.constexpr = share.dtype.element_ty != head.dtype.element_ty
+    positions = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    counted = tl.minimum(tl.load(count) - begin, block)
+    if tl.program_id(0) * ROWS >= counted:
+        return
+    is_token = positions < counted
+    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    is_column = columns < D
+    along = tl.arange(0, INNER)
+    at_share = share + positions[:, None] * share_stride + along[None, :]
+    at_head = head + along.to(tl.int64)[:, None] * head_stride + columns[None, :]
+    summed = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, rows, INNER):
+        left = along < rows - start
+        shares = tl.load(at_share, mask=is_token[:, None] & left[None, :], other=0.0)
+        weight = tl.load(at_head, mask=left[:, None] & is_column[None, :], other=0.0)
+        at_factor = factor + (start // TILE) * block + positions
+        scale = tl.load(at_factor, mask=is_token, other=0.0)
+        if MIXED:
+            weight = weight.to(tl.float32)
+        summed += tl.dot(shares, weight, input_precision="ieee") * scale[:, None]
+        at_share += INNER
+        at_head += INNER * head_stride
+    inside = is_token[:, None] & is_column[None, :]
+    at_sum = positions[:, None] * D + columns[None, :]
+    scale = tl.load(shrink + positions, mask=is_token, other=0.0)
+    summed += tl.load(expected + at_sum, mask=inside, other=0.0) * scale[:, None]
+    tl.store(expected + at_sum, summed, mask=inside)
+    tokens = tl.load(order + begin + positions, mask=is_token, other=0)
+    row = tl.load(labels + tokens, mask=is_token, other=-1) - first
+    inside = inside & ((row >= 0) & (row < rows))[:, None]
+    label_row = tl.load(head + row[:, None] * head_stride + columns[None, :], mask=inside)
+    tl.store(label_rows + at_sum, label_row, mask=inside)
+
+
+@triton.jit
+def _linear_cross_entropy_hidden_kernel(
+    expected,  # [block, D] float32
+    label_rows,  # [block, D]
+    maximum,  # [T] float32
+    total,  # [T] float32
+    at_label,  # [T] float32
+    order,  # [T] int64
+    count,  # [] int64
+    dhidden,  # [T, D], only tokens that count are written
+    begin,
+    D,
+    softcap,
+    logit_scale,
+    BLOCK: tl.constexpr,
+):
+    position = tl.program_id(0).to(tl.int64)
+    if position >= tl.load(count) - begin:
+        return
+    token = tl.load(order + begin + position)
+    own, before = tl.load(at_label + token), tl.load(maximum + token)
+    top = tl.maximum(before, own)
+    shrunk = tl.exp(before - top)
+    others = tl.load(total + token) * shrunk
+    whole = others + tl.exp(own - top)
+    slope = 1.0
+    if softcap is not None:
+        slope = 1.0 - (own / softcap) * (own / softcap)
+    expected_scale = logit_scale * (shrunk / whole)
+    label_scale = logit_scale * (others / whole) * slope
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, D, BLOCK):
+        inside = columns < D - start
+        at = position * D + start + columns
+        found = tl.load(expected + at, mask=inside, other=0.0) * expected_scale
+        row = tl.load(label_rows + at, mask=inside, other=0.0).to(tl.float32)
+        found -= row * label_scale
+        at = dhidden + token * D + start + columns
+        tl.store(at, found.to(dhidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _linear_cross_entropy_change_kernel(
+    hidden,  # [T, D]
+    head,  # [rows, D], the chunk that begins with row ``first``
+    labels,  # [T] int64
+    order,  # [T] int64
+    count,  # [] int64
+    lse,  # [T] float32
+    scale,  # [T] float32, what each token's change is multiplied by
+    change,  # [T, chunk]
+    hidden_stride,
+    head_stride,
+    change_stride,
+    first,
+    rows,
+    D,
+    softcap,
+    logit_scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    counted = tl.load(count)
+    if tl.program_id(0) * ROWS >= counted:
+        return
+    is_token = positions < counted
+    tokens = tl.load(order + positions, mask=is_token, other=0)
+    entries = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    logits, slope = _logits(
+        hidden,
+        head,
+        tokens,
+        is_token,
+        entries,
+        hidden_stride,
+        head_stride,
+        rows,
+        D,
+        softcap,
+        logit_scale,
+        ROWS,
+        COLUMNS,
+        INNER,
+    )
+    logits = tl.where((entries < rows)[None, :], logits, float("-inf"))
+    column = tl.load(labels + tokens, mask=is_token, other=-1) - first
+    own = column[:, None] == entries[None, :]
+    shares = tl.exp(logits - tl.load(lse + tokens, mask=is_token, other=0.0)[:, None])
+    shares = tl.where(own, shares - 1.0, shares) * slope
+    shares *= tl.load(scale + tokens, mask=is_token, other=0.0)[:, None]
+    at_change = change + positions.to(tl.int64)[:, None] * change_stride + entries[None, :]
+    inside = is_token[:, None] & (entries < rows)[None, :]
+    tl.store(at_change, shares.to(change.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _linear_cross_entropy_head_kernel(
+    change,  # [T, chunk]
+    hidden,  # [T, D]
+    order,  # [T] int64
+    count,  # [] int64
+    unit,  # [] float32, what the products are multiplied by
+    dhead,  # [rows, D]
+    change_stride,
+    hidden_stride,
+    rows,
+    D,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    MIXED: tl.constexpr = change.dtype.element_ty != hidden.dtype.element_ty
+    entries = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    is_entry, is_column = entries < rows, columns < D
+    positions = tl.arange(0, INNER)
+    at_change = change + positions.to(tl.int64)[:, None] * change_stride + entries[None, :]
+    counted = tl.load(count).to(tl.int32)
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, counted, INNER):
+        left = positions < counted - start
+        changes = tl.load(at_change, mask=left[:, None] & is_entry[None, :], other=0.0)
+        tokens = tl.load(order + start + positions, mask=left, other=0)
+        at_hidden = hidden + tokens[:, None] * hidden_stride + columns[None, :]
+        x = tl.load(at_hidden, mask=left[:, None] & is_column[None, :], other=0.0)
+        if MIXED:
+            x = x.to(tl.float32)
+        product = tl.dot(tl.trans(changes), x, product, input_precision="ieee")
+        at_change += INNER * change_stride
+    product *= tl.load(unit)
+    at = dhead + entries[:, None] * D + columns[None, :]
+    tl.store(at, product.to(dhead.dtype.element_ty), mask=is_entry[:, None] & is_column[None, :])
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor | NF4Weight,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each token, its logsumexp, and the loss's gradient to ``hidden``.
+
+    As the reference's, ``loss`` and ``lse`` in float32.
+    """
+    hidden, labels = _triton.rows(hidden), labels.contiguous()
+    T, D = hidden.shape
+    grad = hidden.new_zeros((T if need_grad else 0, D))
+    kept, order, count = _sorted(labels, ignore_index, head.shape[0])
+    maximum = hidden.new_full((T,), torch.finfo(torch.float32).min, dtype=torch.float32)
+    total, at_label = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    tokens = _Tokens(hidden, labels, order, count, maximum, total, at_label, softcap, logit_scale)
+    for begin, end in blocks(T, TOKENS):
+        _sweep(tokens, begin, end - begin, head, grad if need_grad and D > 0 else None)
+    return *_losses(kept, maximum, total, at_label), grad
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What is known of all tokens; the last three tensors are filled by the sweeps."""
+
+    hidden: Tensor
+    labels: Tensor
+    order: Tensor
+    count: Tensor
+    maximum: Tensor
+    total: Tensor
+    at_label: Tensor
+    softcap: float | None
+    logit_scale: float
+
+
+class _Sums:
+    """What the gradient of a block of tokens is made of: see the kernels that fill it."""
+
+    def __init__(self, hidden: Tensor, head: Tensor | NF4Weight, block: int) -> None:
+        of_head = hidden.dtype if isinstance(head, NF4Weight) else head.dtype
+        shape = block, hidden.shape[1]
+        self.label_rows = torch.empty(shape, dtype=of_head, device=hidden.device)
+        self.expected = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+        width = min(VOCABULARY, triton.next_power_of_2(head.shape[0]))
+        dtype = _product_dtype(hidden.dtype, of_head)
+        self.share = torch.empty(block, width, dtype=dtype, device=hidden.device)
+
+
+def _sweep(
+    tokens: _Tokens, begin: int, block: int, head: Tensor | NF4Weight, grad: Tensor | None
+) -> None:
+    """Pass over the vocabulary for the ``block`` tokens at positions from ``begin`` on."""
+    sums = None if grad is None else _Sums(tokens.hidden, head, block)
+    for first, last in blocks(head.shape[0], VOCABULARY):
+        # Not bound to a name, so that no two chunks are in memory.
+        _add_chunk(
+            tokens, begin, block, _head_rows(head, first, last, tokens.hidden.dtype), first, sums
+        )
+    if grad is None or sums is None:
+        return
+    _triton.launch(
+        _linear_cross_entropy_hidden_kernel,
+        (block,),
+        sums.expected,
+        sums.label_rows,
+        tokens.maximum,
+        tokens.total,
+        tokens.at_label,
+        tokens.order,
+        tokens.count,
+        grad,
+        begin,
+        grad.shape[1],
+        tokens.softcap,
+        tokens.logit_scale,
+        BLOCK=_GRADIENT,
+        num_warps=_WARPS,
+    )
+
+
+def _add_chunk(
+    tokens: _Tokens, begin: int, block: int, head: Tensor, first: int, sums: _Sums | None
+) -> None:
+    """Take in the head's rows from ``first`` on, ``head`` ``[rows, D]``."""
+    rows, D = head.shape
+    in_float32 = _product_dtype(tokens.hidden.dtype, head.dtype) == torch.float32
+    tile = _LOGITS[in_float32]
+    tiles = triton.cdiv(rows, tile.columns)
+    device = head.device
+    shrink = torch.empty(block, dtype=torch.float32, device=device)
+    highest = torch.empty(tiles, block, dtype=torch.float32, device=device)
+    summed = torch.empty_like(highest)
+    share = None if sums is None else sums.share
+    _triton.launch(
+        _linear_cross_entropy_logits_kernel,
+        (triton.cdiv(block, tile.rows), tiles),
+        tokens.hidden,
+        head,
+        tokens.labels,
+        tokens.order,
+        tokens.count,
+        tokens.at_label,
+        highest,
+        summed,
+        share,
+        tokens.hidden.stride(0),
+        head.stride(0),
+        0 if share is None else share.stride(0),
+        begin,
+        block,
+        first,
+        rows,
+        D,
+        tokens.softcap,
+        tokens.logit_scale,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        INNER=tile.inner,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    _triton.launch(
+        _linear_cross_entropy_combine_kernel,
+        (triton.cdiv(block, _COMBINED),),
+        tokens.order,
+        tokens.count,
+        highest,
+        summed,
+        tokens.maximum,
+        tokens.total,
+        shrink,
+        begin,
+        block,
+        tiles,
+        ROWS=_COMBINED,
+        TILES=triton.next_power_of_2(tiles),
+        num_warps=_WARPS,
+    )
+    if sums is None:
+        return
+    product = _PRODUCT[in_float32]
+    _triton.launch(
+        _linear_cross_entropy_expected_kernel,
+        (triton.cdiv(block, product.rows), triton.cdiv(D, product.columns)),
+        sums.share,
+        highest,
+        shrink,
+        head,
+        tokens.labels,
+        tokens.order,
+        tokens.count,
+        sums.expected,
+        sums.label_rows,
+        sums.share.stride(0),
+        head.stride(0),
+        begin,
+        block,
+        first,
+        rows,
+        D,
+        TILE=tile.columns,
+        ROWS=product.rows,
+        COLUMNS=product.columns,
+        INNER=product.inner,
+        num_warps=product.warps,
+        num_stages=product.stages,
+    )
+
+
+def head_grad(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """Return the gradient of a dense head, ``[V, D]`` in its dtype; as the reference's."""
+    hidden, head, labels = _triton.rows(hidden), _triton.rows(head), labels.contiguous()
+    (T, D), V = hidden.shape, head.shape[0]
+    result = torch.empty(head.shape, dtype=head.dtype, device=head.device)
+    if T == 0 or result.numel() == 0:
+        return result.zero_()
+    kept, order, count = _sorted(labels, ignore_index, V)
+    # Relative to the largest, or a mean over many tokens would leave the range of float16.
+    weights = grad_loss.float().masked_fill(~kept, 0.0)
+    largest = weights.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    scale = (weights * (_CHANGE_SCALE / largest)).contiguous()
+    unit = largest * (logit_scale / _CHANGE_SCALE)
+    dtype = _product_dtype(hidden.dtype, head.dtype)
+    tile, product = _LOGITS[dtype == torch.float32], _PRODUCT[dtype == torch.float32]
+    # All tokens at once, so that their sum is a program's; as much workspace as the loss's.
+    width = max(
+        tile.columns, min(VOCABULARY, TOKENS * VOCABULARY // T) // tile.columns * tile.columns
+    )
+    change = torch.empty(T, width, dtype=dtype, device=head.device)
+    for first, last in blocks(V, width):
+        rows = head[first:last]
+        _triton.launch(
+            _linear_cross_entropy_change_kernel,
+            (triton.cdiv(T, tile.rows), triton.cdiv(last - first, tile.columns)),
+            hidden,
+            rows,
+            labels,
+            order,
+            count,
+            lse,
+            scale,
+            change,
+            hidden.stride(0),
+            rows.stride(0),
+            change.stride(0),
+            first,
+            last - first,
+            D,
+            softcap,
+            logit_scale,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            INNER=tile.inner,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        _triton.launch(
+            _linear_cross_entropy_head_kernel,
+            (triton.cdiv(last - first, product.rows), triton.cdiv(D, product.columns)),
+            change,
+            hidden,
+            order,
+            count,
+            unit,
+            result[first:last],
+            change.stride(0),
+            hidden.stride(0),
+            last - first,
+            D,
+            ROWS=product.rows,
+            COLUMNS=product.columns,
+            INNER=product.inner,
+            num_warps=product.warps,
+            num_stages=product.stages,
+        )
+    return result
+
+
+def _product_dtype(hidden: torch.dtype, head: torch.dtype) -> torch.dtype:
+    return hidden if hidden == head else torch.float32
+
+
+def _head_rows(head: Tensor | NF4Weight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(head, NF4Weight):
+        return head.dequantize_rows(first, last, dtype)
+    return _triton.rows(head[first:last])
+
+
+def _sorted(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens count, ``[T]``; the tokens with those first, ``[T]``; how many those are."""
+    kept = labels != ignore_index
+    if labels.device.type == "cpu":
+        kept_tokens(labels, ignore_index, vocabulary)
+    else:
+        fits = ((labels >= 0) & (labels < vocabulary)) | ~kept
+        torch._assert_async(
+            fits.all(), f"linear_cross_entropy: labels must be 0 to {vocabulary - 1} or ignored"
+        )
+    return kept, torch.argsort((~kept).to(torch.uint8), stable=True), kept.sum()
+
+
+def _losses(
+    kept: Tensor, maximum: Tensor, total: Tensor, at_label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The losses and the logsumexps of a sweep, each ``[T]``; 0 at tokens that do not count."""
+    highest = torch.maximum(maximum, at_label)
+    others = total * (maximum - highest).exp()
+    whole = others + (at_label - highest).exp()
+    # Where the label leads, the rest is whole minus exactly one.
+    log = torch.where(at_label == highest, others.log1p(), whole.log())
+    loss, lse = log + (highest - at_label), log + highest
+    return loss.masked_fill(~kept, 0.0), lse.masked_fill(~kept, 0.0)
