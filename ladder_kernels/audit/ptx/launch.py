@@ -20,7 +20,7 @@ from ladder_kernels.audit.ptx.memory import GARBAGE
 from ladder_kernels.audit.ptx.state import Schedule
 from ladder_kernels.backend import use_backend
 from ladder_kernels.errors import BackendError
-from ladder_kernels.ops._triton import missing, on_host
+from ladder_kernels.launch import missing, on_host
 
 __all__ = ["LaunchRecord", "executing"]
 

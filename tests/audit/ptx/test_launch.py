@@ -28,7 +28,7 @@ from ladder_kernels.audit.ptx import (
     executing,
 )
 from ladder_kernels.backend import get_backend, use_backend
-from ladder_kernels.ops import _triton
+from ladder_kernels.launch import host
 
 
 @pytest.fixture(autouse=True)
@@ -326,7 +326,7 @@ def test_contexts_nest_and_restore():
     before = triton.JITFunction.run, type(autotuned).run
     x, y = torch.randn(64), torch.zeros(64)
     with executing(86) as outer:
-        assert (get_backend(), _triton.host()) == ("triton", "executor")
+        assert (get_backend(), host()) == ("triton", "executor")
         within = triton.JITFunction.run
         with executing(80) as inner:
             _unmasked[(1,)](x, y, 64, BLOCK=64)
@@ -339,7 +339,7 @@ def test_contexts_nest_and_restore():
     assert "sm_80" in inner[0].compiled.asm["ptx"]
     assert torch.equal(x, y)
     assert (triton.JITFunction.run, type(autotuned).run) == before
-    assert (get_backend(), _triton.host()) == ("auto", None)
+    assert (get_backend(), host()) == ("auto", None)
 
 
 @pytest.mark.parametrize(("which", "offset"), [("x", 160), ("y", 0)])
