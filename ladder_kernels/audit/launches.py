@@ -23,10 +23,15 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
     torch.int8: "i8",
+    torch.uint64: "u64",
+    torch.uint32: "u32",
+    torch.uint16: "u16",
     torch.uint8: "u8",
     torch.bool: "i1",
 }
@@ -98,7 +103,7 @@ def launch_of(kernel: Any, grid: Any, args: Any, options: Mapping[str, Any]) -> 
             signature[name], constants[name] = "constexpr", getattr(value, "value", value)
             continue
         signature[name], values[name] = _type(kernel, name, value), value
-        if free and _divisible(value):
+        if free and not parameter.do_not_specialize_on_alignment and _divisible(value):
             attributes[(place,)] = _DIVISIBLE
     sizes: Any = grid(bound.arguments) if callable(grid) else grid
     return Launch(
