@@ -49,10 +49,9 @@ def set_backend(name: str) -> None:
     Args:
         name: ``"auto"`` (the default): what an operation ships for the tensors' device, else its
             reference, with one :class:`~ladder_kernels.errors.BackendFallbackWarning` where a
-            shipped one cannot run. ``"reference"``: plain PyTorch everywhere. ``"cpu"``: the
-            native CPU kernels, and an error instead of a fallback; operations that have no native
-            kernel run on PyTorch's, as under "auto". ``"triton"``: the GPU kernels, and an error
-            instead of a fallback.
+            shipped one cannot run. ``"reference"``: plain PyTorch everywhere. ``"cpu"`` and
+            ``"triton"``: the native CPU kernels and the GPU kernels, and an error instead of a
+            fallback; operations that have no such kernel run on PyTorch's, as under "auto".
 
     Raises:
         ConfigError: ``name`` is none of these. (Whether a backend can run is asked at each call,

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.learning.results import Result
-from bench.learning.studies import COST, QLORA_STEPS
+from bench.learning.studies import COST, PEFT, QLORA_STEPS, SIZES
 from bench.rows import RESULTS
 
 __all__ = ["markdown", "slope", "write"]
 
 _METRIC = {"docstrings": "perplexity", "nlu": "accuracy", "critic": "accuracy"}
 _MATHS = "exact_match"
+_BACKBONES = {"calibrated": "30 layers", "cut": "22 layers"}
 
 
 def write(results: Sequence[Result], folder: Path = RESULTS) -> None:
@@ -44,8 +45,8 @@ def markdown(results: Sequence[Result]) -> str:
         metric = metric_of(task)
         extra = ["steps", "answer_tokens"] if task == "maths" else []
         header = [
-            "study", "base", "method", "trained", "steps", "time, QLoRA = 1", "seeds",
-            metric, "loss", *extra,
+            "study", "base", "method", "trained", "steps", "time, QLoRA = 1",
+            "time, PEFT's QLoRA = 1", "seeds", metric, "loss", *extra,
         ]  # fmt: skip
         parts += [f"## {task}", "", _line(header), _line(["---"] * len(header))]
         for group in _groups(r for r in results if r.trial.task == task):
@@ -68,15 +69,18 @@ def _groups(results: Any) -> list[list[Result]]:
 def _cells(group: list[Result], metric: str, extra: Sequence[str]) -> list[str]:
     trial = group[0].trial
     name = trial.method + (f", rates x {trial.rate:g}" if trial.rate != 1 else "")
-    cost = COST.get(trial.method)
-    time = f"{trial.steps * cost / (QLORA_STEPS[trial.task] * COST['qlora']):.2f}" if cost else ""
+    spent = trial.steps * COST.get(trial.method, 0)
+    times = [
+        f"{spent / (QLORA_STEPS[trial.task] * COST[qlora]):.2f}" if spent else ""
+        for qlora in ("qlora", PEFT)
+    ]
     return [
         trial.study,
         trial.base,
         name,
         f"{group[0].trained_parameters / 1e6:.2f} M",
         str(trial.steps),
-        time if trial.steps else "",
+        *times,
         str(len(group)),
         *(_spread([result.figures[key] for result in group]) for key in (metric, "loss", *extra)),
     ]
@@ -147,25 +151,26 @@ def _plot_frontier(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def scaling(results: Sequence[Result]) -> dict[str, list[tuple[int, float]]]:
+    """Trained parameters and held-out loss of the sizes of a method, by method and base."""
+    found = {}
+    for base, name in _BACKBONES.items():
+        for family, rates in SIZES.items():
+            points = {
+                r.trained_parameters: r.figures["loss"]
+                for r in results
+                if (r.trial.task, r.trial.base) == ("docstrings", base)
+                and (r.trial.steps, r.trial.seed) == (QLORA_STEPS["docstrings"], 0)
+                and rates.get(r.trial.method) == r.trial.rate
+            }
+            if len(points) > 2:
+                found[f"{family}, {name}"] = sorted(points.items())
+    return found
+
+
 def _plot_scaling(results: Sequence[Result], path: Path) -> None:
     """Loss against trained parameters, with fitted slopes, for sizes of ladder and adapter."""
-    families: dict[str, Callable[[str], bool]] = {
-        "QLoRA, rank 1 to 64": lambda name: name.startswith("qlora"),
-        "ladder with re-entry, width 18 to 288": lambda name: name in (
-            "re-entry 1/2 d18", "re-entry 1/2", "re-entry 1/2 d288"
-        ),
-    }  # fmt: skip
-    drawn = {}
-    for label, belongs in families.items():
-        points = {
-            r.trained_parameters: r.figures["loss"]
-            for r in results
-            if belongs(r.trial.method)
-            and (r.trial.task, r.trial.base) == ("docstrings", "calibrated")
-            and (r.trial.steps, r.trial.seed, r.trial.rate) == (QLORA_STEPS["docstrings"], 0, 1.0)
-        }
-        if len(points) > 2:
-            drawn[label] = sorted(points.items())
+    drawn = scaling(results)
     if not drawn:
         return
     figure, axes = _axes("Docstrings: sizes at equal tokens", "trained parameters", "loss, nats")
@@ -176,5 +181,5 @@ def _plot_scaling(results: Sequence[Result], path: Path) -> None:
             marker="o",
             label=f"{label}: slope {found:.3f} ± {error:.3f}",
         )
-    axes.legend()
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

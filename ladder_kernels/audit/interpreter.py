@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ladder_kernels.backend import use_backend
-from ladder_kernels.ops._triton import on_host
+from ladder_kernels.launch import on_host
 
 __all__ = ["interpreting"]
 

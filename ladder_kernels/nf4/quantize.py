@@ -26,6 +26,7 @@ __all__ = [
     "GRID_POINTS",
     "NESTED_BLOCKSIZE",
     "QUANTIZABLE",
+    "SMALLEST_DIVISOR",
     "CentroidSearch",
     "check_blocksize",
     "has_values",
@@ -53,9 +54,9 @@ GRID_POINTS = 65536
 _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 24
 
-# bitsandbytes divides by no less than this, and stores it as the scale of an all-zero last block
-# that is shorter than the blocksize; a full all-zero block stores 0.
-_SMALLEST_DIVISOR = 1e-38
+SMALLEST_DIVISOR = 1e-38
+"""bitsandbytes divides by no less than this, and stores it as the scale of an all-zero last block
+that is shorter than the blocksize; a full all-zero block stores 0."""
 
 _CELLS = 64
 
@@ -102,14 +103,14 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
         largest = values.abs().amax(dim=1)
         _check_finite(largest, weight, name)
         absmax[start // blocksize : stop // blocksize] = largest
-        inverse = 1.0 / largest.clamp(min=_SMALLEST_DIVISOR)
+        inverse = 1.0 / largest.clamp(min=SMALLEST_DIVISOR)
         index = search((values * inverse.view(-1, 1)).view(-1))
         pack(index, packed[start // 2 : stop // 2])
     if full < numel:
         # The short last block is divided by its scale, the full ones multiplied by its inverse:
         # bitsandbytes does so, and the last bit decides between centroids.
         values = flat[full:].float()
-        largest = values.abs().amax().clamp(min=_SMALLEST_DIVISOR)
+        largest = values.abs().amax().clamp(min=SMALLEST_DIVISOR)
         _check_finite(largest, weight, name)
         absmax[-1] = largest
         values = values / largest

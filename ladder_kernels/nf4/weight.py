@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.errors import ConfigError
-from ladder_kernels.nf4 import cpu
+from ladder_kernels.nf4 import quantize as reference
 from ladder_kernels.nf4.calibrate import quantize_calibrated
+from ladder_kernels.nf4.choice import kernels
 from ladder_kernels.nf4.dequantize import dequantize_range, dequantize_scales
-from ladder_kernels.nf4.quantize import (
-    NESTED_BLOCKSIZE,
-    QUANTIZABLE,
-    check_blocksize,
-    quantize_absmax,
-    quantize_blocks,
-)
+from ladder_kernels.nf4.quantize import NESTED_BLOCKSIZE, QUANTIZABLE, check_blocksize
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -155,8 +150,9 @@ class NF4Weight:
         if dtype not in _OUTPUTS:
             allowed = ", ".join(str(each).removeprefix("torch.") for each in _OUTPUTS)
             raise ConfigError(f"NF4 cannot be dequantised to {dtype}; it must be one of {allowed}")
-        if cpu.is_chosen(self.packed, dtype):
-            return cpu.dequantize(self, start, stop, dtype)
+        chosen = kernels(self.packed, dtype)
+        if chosen is not None:
+            return chosen.dequantize(self, start, stop, dtype)
         # One piece when traced: a compiler fuses it, and would unroll a loop.
         if stop - start <= _PIECE or torch.compiler.is_compiling():
             return self._piece(start, stop).to(dtype)
@@ -218,8 +214,8 @@ def quantize_nf4(
 ) -> NF4Weight:
     """Quantise a tensor to NF4, to the bits of ``bitsandbytes.functional.quantize_4bit`` on a CPU.
 
-    Runs on the native kernels for a tensor on the CPU, unless ``use_backend`` says otherwise; they
-    give the same bits.
+    Runs on the native kernels for a tensor on the CPU and on the Triton kernels for one on a GPU,
+    unless ``use_backend`` says otherwise; they give the same bits.
 
     With ``calibration``, the format is the same and the bits are others: those with little error in
     ``x W^T`` for inputs ``x`` like those that the calibration comes from, by GPTQ (Frantar et al.
@@ -243,7 +239,8 @@ def quantize_nf4(
             scales does (with double quantisation).
         ConfigError: A dtype or blocksize that the format does not have; or ``weight`` is no matrix
             or ``calibration`` not what it must be.
-        BackendError: The backend is "cpu" and there is no native library.
+        BackendError: The backend is "cpu" and there is no native library, or "triton" and there is
+            no Triton.
     """
     name = "weight" if name is None else name
     if not isinstance(weight, Tensor):
@@ -258,12 +255,11 @@ def quantize_nf4(
             weight.detach(), calibration, blocksize, double_quant, name=name
         )
         return NF4Weight(packed, absmax, shape, blocksize, weight.dtype, *(nested or ()))
-    native = cpu.is_chosen(weight, weight.dtype)
-    to_bits = cpu.quantize_blocks if native else quantize_blocks
-    packed, absmax = to_bits(weight.detach(), blocksize, name=name)
+    chosen = kernels(weight, weight.dtype) or reference
+    packed, absmax = chosen.quantize_blocks(weight.detach(), blocksize, name=name)
     if not double_quant:
         return NF4Weight(packed, absmax, shape, blocksize, weight.dtype)
-    absmax, *nested = (cpu.quantize_absmax if native else quantize_absmax)(absmax, name=name)
+    absmax, *nested = chosen.quantize_absmax(absmax, name=name)
     return NF4Weight(packed, absmax, shape, blocksize, weight.dtype, *nested)
 
 

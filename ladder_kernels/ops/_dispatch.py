@@ -35,6 +35,8 @@ __all__ = ["register_autograd", "run"]
 _MODULES = {"triton": "gpu", "cpu": "cpu", "reference": "reference"}
 _FOR_DEVICE = {"cuda": "triton", "cpu": "cpu"}
 _OPS = "ladder_kernels.ops"
+# PyTorch's own kernels are the ones to take there, such as flash attention: nothing is missed.
+_PYTORCHS = {("ranged_attention", "triton")}
 
 
 def run(op: str, function: str, *args: Any) -> Any:
@@ -104,10 +106,10 @@ def _best(
         return None
     shipped = None if backend is None else _function(op, backend, function)
     if backend is None or shipped is None:
-        if device.type != "cpu":
+        if device.type != "cpu" and (op, backend) not in _PYTORCHS:
             warn_once(
-                f"this release has no kernels for device type '{device.type}' yet: operations run "
-                "on plain PyTorch there (use_backend('reference') silences this)"
+                f"this release has no kernel of {op} for device type '{device.type}': it runs on "
+                "plain PyTorch there (use_backend('reference') silences this)"
             )
         return None
     if args[0].dtype == torch.float64:
@@ -135,12 +137,7 @@ def _forced(
         raise BackendError(f"{op}: backend '{backend}' cannot run this call: {reason}")
     implementation = _function(op, backend, function)
     if implementation is None:
-        if backend == "cpu":
-            return None
-        raise BackendError(
-            f"{op}: this release ships no '{backend}' kernel for it; allowed are 'auto' and "
-            "'reference'"
-        )
+        return None
     reason = _module(op, backend).unsupported(*args)
     if reason is not None:
         raise BackendError(f"{op}: backend '{backend}' cannot run this call: {reason}")

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ladder_kernels.ops import _triton
-from ladder_kernels.ops._numeric import flatten_rows
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_backward", "unsupported"]
 
@@ -107,12 +106,6 @@ def _warps(block: int) -> int:
     return max(fewest, min(most, block // _ELEMENTS_A_WARP))
 
 
-def _rows(value: Tensor) -> Tensor:
-    """``[rows, D]`` with adjacent elements."""
-    rows = flatten_rows(value)
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Return the normalised ``x``; as the reference's."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -138,8 +131,8 @@ def _run(
     total: Tensor | None,
     out: Tensor,
 ) -> None:
-    rows = _rows(x)
-    added = None if residual is None else _rows(residual)
+    rows = _triton.rows(x)
+    added = None if residual is None else _triton.rows(residual)
     if out.numel() == 0:
         return
     block = triton.next_power_of_2(rows.shape[1])
@@ -165,7 +158,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return ``(dx, dweight)``; as the reference's."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    along, rows = _rows(grad), _rows(x)
+    along, rows = _triton.rows(grad), _triton.rows(x)
     width = x.shape[-1]
     if x.numel() == 0:
         return dx, x.new_zeros(width if need_weight else 0)

@@ -1,0 +1,227 @@
+"""How the Triton products with NF4 weights run on which GPU: one table of data.
+
+A row says for which architectures, product, kinds of number, rows of x and size of the weight it
+holds; the first row that fits is taken. ``evidence`` says what a row rests on: "modelled", from
+registers, instructions and the device's published rates, or "measured", on the device.
+
+The model: decoding a tile costs instructions beside those of its tensor-core products. It is hidden
+where tensor cores are slow (GeForce) and shows where they are fast (A100, H100). Unpacking writes
+the weight and reads it again, ``4.5 N K`` bytes, a share of the product's time that falls as M
+grows. Below the crossover the fused way is taken, which needs no workspace either.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ladder_kernels.launch import host_target
+from ladder_kernels.nf4 import NF4Weight
+
+__all__ = [
+    "TABLE",
+    "WORKSPACE_BYTES",
+    "Configuration",
+    "Product",
+    "architecture",
+    "choose",
+    "look_up",
+    "using",
+]
+
+Way = Literal["fused", "rows", "unpacked"]
+Product = Literal["forward", "transposed", "gated"]
+"""``x @ W^T``, ``grad @ W``, and the two products of a SwiGLU at once."""
+
+WORKSPACE_BYTES = 64 << 20
+"""What a dequantised piece of a weight may take, unless its least piece alone takes more."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How one product runs.
+
+    Attributes:
+        way: As ``gpu.py`` says.
+        block_m: Rows of x a program takes; fused only.
+        block_n: Rows of the weight; with the transposed product, at a time.
+        block_k: Columns of the weight, at a time; with the transposed product, all of a program's.
+            A power of two, 32 or more.
+        parts: How many such pieces of columns share their scales, if they lie in one block; not for
+            the transposed product.
+        splits: How many programs at most share one sum; not for the gated product.
+        num_warps: Of a program.
+        num_stages: Tiles that are being loaded at once.
+        workspace_bytes: Unpacked only.
+    """
+
+    way: Way
+    block_m: int = 16
+    block_n: int = 64
+    block_k: int = 64
+    parts: int = 1
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    workspace_bytes: int = WORKSPACE_BYTES
+
+    def options(self) -> dict[str, int]:
+        """Return Triton's own launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+class Row(NamedTuple):
+    """One row of the table; ``None`` stands for any."""
+
+    architectures: tuple[str, ...]
+    products: tuple[Product, ...]
+    half: bool | None
+    most_rows: int | None
+    most_numbers: int | None
+    configuration: Configuration
+    evidence: Literal["modelled", "measured"]
+
+
+def _fused(
+    m: int, n: int, k: int, warps: int, stages: int, parts: int = 1, splits: int = 1
+) -> Configuration:
+    return Configuration("fused", m, n, k, parts, splits, warps, stages)
+
+
+def _rows(n: int) -> Configuration:
+    return Configuration("rows", block_n=n, block_k=512, num_warps=4, num_stages=2)
+
+
+_OLD = ("sm_75",)
+_AMPERE = ("sm_80",)
+_GEFORCE = ("sm_86", "sm_89", "sm_120")
+_DATACENTER = ("sm_90", "sm_100")
+_AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
+_MMA = (*_AMPERE, *_GEFORCE)
+_FUSING = (*_MMA, *_DATACENTER, *_AMD)
+_EVERY = (*_OLD, *_FUSING)
+
+_FORWARD: tuple[Product, ...] = ("forward",)
+_BACK: tuple[Product, ...] = ("transposed",)
+_GATED: tuple[Product, ...] = ("gated",)
+_ALL: tuple[Product, ...] = ("forward", "transposed", "gated")
+
+# A weight of fewer numbers has too few tiles for all multiprocessors; sums are split more.
+_SMALL = 1 << 23
+_UNPACKED = Configuration("unpacked")
+
+TABLE: tuple[Row, ...] = (
+    # One or two rows: the weight's bytes are read once, and that is what takes the time.
+    Row(_EVERY, _FORWARD, None, 2, None, _rows(4), "modelled"),
+    # Without Triton's tensor cores.
+    Row(_OLD, _FORWARD, None, 8, None, _rows(4), "modelled"),
+    Row(_OLD, _ALL, None, None, None, _UNPACKED, "modelled"),
+    # Float32 has no tensor cores without TF32.
+    Row(_EVERY, _ALL, False, 16, None, _fused(16, 32, 32, 4, 2, splits=4), "modelled"),
+    Row(_EVERY, _ALL, False, None, None, _UNPACKED, "modelled"),
+    # A few rows.
+    Row(_FUSING, _FORWARD, True, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
+    Row(_FUSING, _FORWARD, True, 16, None, _fused(16, 64, 64, 4, 3, splits=2), "modelled"),
+    Row(_FUSING, _BACK, True, 16, _SMALL, _fused(16, 32, 64, 4, 3, splits=8), "modelled"),
+    Row(_FUSING, _BACK, True, 16, None, _fused(16, 32, 64, 4, 3, splits=2), "modelled"),
+    Row(_FUSING, _GATED, True, 16, None, _fused(16, 32, 64, 4, 3), "modelled"),
+    Row(_FUSING, _FORWARD, True, 64, None, _fused(64, 64, 32, 4, 3, 2, 2), "modelled"),
+    Row(_FUSING, _BACK, True, 64, None, _fused(64, 32, 64, 4, 3, splits=2), "modelled"),
+    Row(_FUSING, _GATED, True, 64, None, _fused(64, 32, 32, 4, 3, 2), "modelled"),
+    # Many rows.
+    Row(_MMA, _FORWARD, True, 128, None, _fused(128, 64, 32, 4, 3, 2), "modelled"),
+    Row(_MMA, _BACK, True, 128, None, _fused(128, 32, 128, 8, 3), "modelled"),
+    Row(_MMA, _GATED, True, 128, None, _fused(128, 32, 32, 4, 3, 2), "modelled"),
+    Row(_AMPERE, _FORWARD, True, 1024, None, _fused(256, 128, 32, 8, 3), "modelled"),
+    Row(_GEFORCE, _FORWARD, True, 2048, None, _fused(256, 64, 32, 8, 3, 2), "modelled"),
+    Row(_MMA, _BACK, True, 1024, None, _fused(256, 32, 128, 8, 3), "modelled"),
+    Row(_MMA, _GATED, True, 1024, None, _fused(256, 32, 32, 8, 3, 2), "modelled"),
+    Row(_DATACENTER, _FORWARD, True, 512, None, _fused(128, 128, 64, 8, 3), "modelled"),
+    Row(_DATACENTER, _BACK, True, 512, None, _fused(128, 64, 128, 8, 3), "modelled"),
+    Row(_DATACENTER, _GATED, True, 512, None, _fused(128, 64, 64, 8, 3), "modelled"),
+    Row(_AMD, _FORWARD, True, 256, None, _fused(128, 64, 32, 4, 2, 2), "modelled"),
+    Row(_AMD, _BACK, True, 256, None, _fused(128, 32, 64, 4, 2), "modelled"),
+    Row(_AMD, _GATED, True, 256, None, _fused(128, 32, 32, 4, 2, 2), "modelled"),
+    Row(_EVERY, _ALL, None, None, None, _UNPACKED, "modelled"),
+)
+"""All rows, in the order in which they are tried; the last one fits everything."""
+
+_forced: ContextVar[Configuration | None] = ContextVar("ladder_kernels_nf4", default=None)
+
+
+@contextmanager
+def using(configuration: Configuration) -> Iterator[None]:
+    """Within it, products run so, whatever the table says: for tests, audits, benchmarks.
+
+    But for those that the way does not know: *rows* is for "forward" only.
+    """
+    token = _forced.set(configuration)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(product: Product, x: Tensor, weight: NF4Weight) -> Configuration:
+    """Return how a product of ``x`` ``[M, ...]`` with ``weight`` runs."""
+    forced = _forced.get()
+    if forced is not None and (forced.way != "rows" or product == "forward"):
+        return forced
+    name = architecture(x.device)
+    return look_up(name, product, x.dtype, x.shape[0], weight.numel).configuration
+
+
+@functools.cache
+def look_up(name: str, product: Product, dtype: torch.dtype, rows: int, numbers: int) -> Row:
+    """Return the first row of the table that fits.
+
+    Args:
+        name: Of an architecture; one that the table does not know takes the nearest older one's
+            rows.
+        product: Which.
+        dtype: Of x.
+        rows: Of x.
+        numbers: Of the weight.
+    """
+    known = _nearest(name)
+    half = dtype != torch.float32
+    for row in TABLE:
+        if (
+            known in row.architectures
+            and product in row.products
+            and row.half in (None, half)
+            and (row.most_rows is None or rows <= row.most_rows)
+            and (row.most_numbers is None or numbers <= row.most_numbers)
+        ):
+            return row
+    raise AssertionError("the last row of the table fits everything")
+
+
+def _nearest(name: str) -> str:
+    if name in _EVERY:
+        return name
+    if not name.startswith("sm_"):
+        return "gfx942"
+    number = int(name.removeprefix("sm_"))
+    older = [each for each in _EVERY if each.startswith("sm_") and int(each[3:]) <= number]
+    return max(older, key=lambda each: int(each[3:]), default="sm_75")
+
+
+def architecture(device: torch.device) -> str:
+    """Return the architecture of a device: ``sm_86``, ``gfx942``; of a CPU, the host's."""
+    return _architecture(device) if device.type == "cuda" else host_target()
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
