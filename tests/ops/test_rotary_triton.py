@@ -46,7 +46,7 @@ def broken(tmp_path, monkeypatch):
 
 
 @settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

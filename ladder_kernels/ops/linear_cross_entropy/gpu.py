@@ -19,8 +19,9 @@ losses and their gradients are right. The gradient of a dense head has two kerne
 ``change`` makes (p - [v = label]) * s * dloss of a chunk anew, ``head`` multiplies it by hidden.
 
 Nothing waits for the device. Tokens that count are put first by a stable sort, and kernels read
-from memory how many these are: blocks of ignored tokens end at once, without a product. A label out
-of range is a device assertion on a GPU, as PyTorch's own cross entropy makes it.
+from memory how many these are: blocks of ignored tokens end at once, without a product (memory and
+an NF4 head's dequantisation are for all tokens). A label out of range is a device assertion on a
+GPU, as in PyTorch's own cross entropy.
 
 Memory: at most ``TOKENS`` x ``VOCABULARY`` shares and two [TOKENS, D] (float32, and the head's
 dtype), for an NF4 head ``VOCABULARY`` dequantised rows, and a few numbers a token and tile. No
@@ -66,7 +67,7 @@ class _Tile:
 # By whether products are of float32, which no tensor core multiplies exactly. Modelled: nothing was
 # timed.
 _LOGITS = {False: _Tile(128, 128, 64, 8, 3), True: _Tile(64, 64, 32, 8, 3)}
-_PRODUCT = {False: _Tile(128, 128, 32, 8, 4), True: _Tile(64, 64, 16, 8, 3)}
+_PRODUCT = {False: _Tile(128, 128, 32, 8, 4), True: _Tile(64, 64, 16, 8, 2)}
 # Tokens of a program that combines tiles; numbers of a gradient's row at a time; warps of both.
 _COMBINED = 32
 _GRADIENT = 1024
@@ -630,14 +631,13 @@ def head_grad(
     # Relative to the largest, or a mean over many tokens would leave the range of float16.
     weights = grad_loss.float().masked_fill(~kept, 0.0)
     largest = weights.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    scale = (weights * (_CHANGE_SCALE / largest)).contiguous()
+    scale = (weights / largest * _CHANGE_SCALE).contiguous()
     unit = largest * (logit_scale / _CHANGE_SCALE)
     dtype = _product_dtype(hidden.dtype, head.dtype)
     tile, product = _LOGITS[dtype == torch.float32], _PRODUCT[dtype == torch.float32]
     # All tokens at once, so that their sum is a program's; as much workspace as the loss's.
-    width = max(
-        tile.columns, min(VOCABULARY, TOKENS * VOCABULARY // T) // tile.columns * tile.columns
-    )
+    tiles = min(VOCABULARY, TOKENS * VOCABULARY // T) // tile.columns
+    width = max(1, min(tiles, triton.cdiv(V, tile.columns))) * tile.columns
     change = torch.empty(T, width, dtype=dtype, device=head.device)
     for first, last in blocks(V, width):
         rows = head[first:last]
@@ -705,7 +705,7 @@ def _sorted(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor,
         kept_tokens(labels, ignore_index, vocabulary)
     else:
         fits = ((labels >= 0) & (labels < vocabulary)) | ~kept
-        torch._assert_async(
+        torch.ops.aten._assert_async.msg(
             fits.all(), f"linear_cross_entropy: labels must be 0 to {vocabulary - 1} or ignored"
         )
     return kept, torch.argsort((~kept).to(torch.uint8), stable=True), kept.sum()

@@ -175,7 +175,6 @@ def _rung_merge_product_kernel(
 ):
     dtype = grad.dtype.element_ty
     MIXED: tl.constexpr = tap.dtype.element_ty != grad.dtype.element_ty
-    HALF: tl.constexpr = not MIXED and grad.dtype.element_ty != tl.float32
     columns = (tl.program_id(0) * WIDE + tl.arange(0, WIDE)).to(tl.int64)
     channels = (tl.program_id(1) * NARROW + tl.arange(0, NARROW)).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
@@ -192,7 +191,7 @@ def _rung_merge_product_kernel(
         at_tap += TOKENS * tap_stride
         factor = tl.load(scale + tokens + start, mask=left, other=0.0)
         scaled = e.to(tl.float32) * factor[:, None]
-        if HALF:
+        if not MIXED and dtype != tl.float32:
             high = scaled.to(dtype)
             low = (scaled - high.to(tl.float32)).to(dtype)
             product = tl.dot(tl.trans(high), x, product)
