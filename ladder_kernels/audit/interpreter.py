@@ -28,15 +28,20 @@ def interpreting() -> Iterator[None]:
     Raises:
         ModuleNotFoundError: Triton is not installed.
     """
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
         InterpretedFunction(self.fn).run(*args, grid=grid, warmup=warmup, **options)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        # One jitted function calls another: a part of the same kernel.
-        return InterpretedFunction(self.fn)(*args, **options)
+        # One jitted function calls another: a part of the same kernel. Triton's own call would
+        # leave its language patched, and nothing could be compiled afterwards.
+        scope = _patch_lang(self.fn)
+        try:
+            return InterpretedFunction(self.fn).rewrite()(*args, **options)
+        finally:
+            scope.restore()
 
     before = JITFunction.run, JITFunction.__call__
     JITFunction.run, JITFunction.__call__ = run, call

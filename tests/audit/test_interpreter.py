@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ladder_kernels import ops
-from ladder_kernels.audit import interpreting
+from ladder_kernels.audit import executing, interpreting
 from ladder_kernels.backend import get_backend
 from ladder_kernels.errors import BackendError
 from ladder_kernels.ops import _triton
@@ -38,6 +38,28 @@ def test_kernels_and_what_they_call_run_on_cpu_tensors():
         _double_kernel[(3,)](x, y, 37, BLOCK=16)
     assert torch.equal(y[:37], 2 * x)
     assert y[37:].isnan().all()
+
+
+@triton.jit
+def _sum_kernel(
+    x,  # [N]
+    y,  # [1]
+    N,
+    BLOCK: tl.constexpr,
+):
+    places = tl.arange(0, BLOCK)
+    tl.store(y, tl.sum(tl.load(x + places, mask=places < N, other=0.0)))
+
+
+def test_kernels_compile_after_they_were_interpreted():
+    x, y = torch.ones(9), torch.zeros(1)
+    with interpreting():
+        _sum_kernel[(1,)](x, y, 9, BLOCK=16)
+    assert y.item() == 9
+    x[0] = 3
+    with executing():
+        _sum_kernel[(1,)](x, y, 9, BLOCK=16)
+    assert y.item() == 11
 
 
 def test_everything_is_as_before_afterwards():
