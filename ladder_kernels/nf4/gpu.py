@@ -413,15 +413,18 @@ def dequantize_into(out: Tensor, weight: NF4Weight, first: int, row_stride: int 
         first: Element of the flattened weight that becomes ``out[0, 0]``.
         row_stride: How many elements further ``out[1, 0]`` is.
     """
+    if row_stride == out.shape[1]:
+        # Whole rows are one piece.
+        out = out.view(1, -1)
     rows, width = out.shape
     if out.numel() == 0:
         return
     segment = min(weight.blocksize, _ELEMENTS)
-    segments = _ELEMENTS // segment
+    segments = max(1, min(_ELEMENTS, triton.next_power_of_2(width)) // segment)
     aligned = first % weight.blocksize == 0 and (rows == 1 or row_stride % weight.blocksize == 0)
     launch(
         _nf4_dequantize_kernel,
-        (rows * triton.cdiv(width, _ELEMENTS),),
+        (rows * triton.cdiv(width, segments * segment),),
         *tensors(weight),
         out,
         first,
