@@ -232,11 +232,7 @@ BROKEN = {
     ),
     "offset of the nested scale": (nf4_gpu, " * largest + tl.load(nested_offset)", " * largest"),
     "mask of the columns of x": (gpu, "x_inside &= (column < K - at)[None, :]", "pass"),
-    "mask of the rows of grad": (
-        gpu,
-        "m_inside[:, None] & n_inside[None, :], other",
-        "None, other",
-    ),
+    "mask of the rows of grad": (gpu, "[:, None] & n_inside[None, :], other", "[:, None], other"),
     "scale of a later block": (nf4_gpu, "absmax + further + block", "absmax + block"),
 }
 

@@ -132,8 +132,8 @@ TABLE: tuple[Row, ...] = (
     # A few rows.
     Row(_FUSING, _FORWARD, True, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
     Row(_FUSING, _FORWARD, True, 16, None, _fused(16, 64, 64, 4, 3, splits=2), "modelled"),
-    Row(_FUSING, _BACK, True, 16, _SMALL, _fused(16, 32, 64, 4, 3, splits=8), "modelled"),
-    Row(_FUSING, _BACK, True, 16, None, _fused(16, 32, 64, 4, 3, splits=2), "modelled"),
+    Row(_FUSING, _BACK, True, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
+    Row(_FUSING, _BACK, True, 16, None, _fused(16, 64, 64, 4, 3, splits=2), "modelled"),
     Row(_FUSING, _GATED, True, 16, None, _fused(16, 32, 64, 4, 3), "modelled"),
     Row(_FUSING, _FORWARD, True, 64, None, _fused(64, 64, 32, 4, 3, 2, 2), "modelled"),
     Row(_FUSING, _BACK, True, 64, None, _fused(64, 32, 64, 4, 3, splits=2), "modelled"),
