@@ -301,6 +301,15 @@ def test_every_row_of_the_table_is_reachable_and_says_what_it_rests_on():
     assert reached == set(configurations.TABLE)
 
 
+def test_a_weight_whose_blocks_begin_anywhere_takes_small_tiles():
+    weight = quantize_nf4(torch.randn(8, 45), blocksize=32)
+    few, many = (configurations.choose("forward", torch.randn(n, 45), weight) for n in (16, 17))
+    assert (few.way, many.way) == ("fused", "unpacked")
+    with interpreting():
+        out = gpu.nf4_linear(torch.eye(45)[:3], weight)
+    assert torch.equal(out, weight.dequantize().t()[:3])
+
+
 def test_a_forced_configuration_holds_inside_only():
     weight, x = quantize_nf4(torch.randn(8, 64)), torch.randn(3, 64)
     before = configurations.choose("forward", x, weight)
