@@ -28,6 +28,9 @@ def kernels(tensor: Tensor, dtype: torch.dtype) -> ModuleType | None:
         BackendError: A backend was asked for by name, has kernels for the tensor's device, and
             cannot run them.
     """
+    # Compilers and dispatch modes cannot see into a kernel.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
     if cpu.is_chosen(tensor, dtype):
         return cpu
     return importlib.import_module("ladder_kernels.nf4.gpu") if _on_gpu(tensor, dtype) else None
@@ -37,9 +40,6 @@ def _on_gpu(tensor: Tensor, dtype: torch.dtype) -> bool:
     backend = get_backend()
     on_host = backend == "triton" and host() is not None and tensor.device.type == "cpu"
     if (tensor.device.type != "cuda" and not on_host) or backend not in ("auto", "triton"):
-        return False
-    # Compilers and dispatch modes cannot see into a kernel.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if dtype not in QUANTIZABLE or not has_values(tensor):
         return False

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXACT",
+    "centroids",
     "decode",
     "decode_anywhere",
     "dequantize",
@@ -99,11 +100,11 @@ def is_aligned(weight: NF4Weight) -> bool:
 
 
 @triton.jit
-def _centroids():
-    """[16] float32, from constants: no memory is read for them."""
+def centroids() -> tl.tensor:
+    """Return [16] float32, from constants: no memory is read for them."""
     index = tl.arange(0, 16)
     values = tl.full((16,), _VALUES[0], tl.float32)
-    for i in tl.static_range(1, 16):
+    for i in tl.static_range(1, 16):  # pyright: ignore[reportGeneralTypeIssues]
         values = tl.where(index == i, _VALUES[i], values)
     return values
 
@@ -128,6 +129,7 @@ def _block_scales(
 
 @triton.jit
 def weight_tables(
+    code,  # [16] float32: the centroids
     absmax,  # as for _block_scales, the next three too
     nested_absmax,
     nested_code,
@@ -156,7 +158,7 @@ def weight_tables(
     scale = _block_scales(
         absmax, nested_absmax, nested_code, nested_offset, block, further, block_inside
     )
-    return (_centroids()[None, :] * scale.reshape(ROWS * GROUPS)[:, None]).to(DTYPE)
+    return (code[None, :] * scale.reshape(ROWS * GROUPS)[:, None]).to(DTYPE)
 
 
 @triton.jit
@@ -193,6 +195,7 @@ def decode(
 
 @triton.jit
 def decode_anywhere(
+    code,  # [16] float32: the centroids
     packed,  # [ceil(numel / 2)] uint8
     absmax,  # as for _block_scales, the next three too
     nested_absmax,
@@ -215,12 +218,13 @@ def decode_anywhere(
     index = tl.where((element & 1) == 0, pairs >> 4, pairs & 15)
     block = element // BLOCKSIZE
     scale = _block_scales(absmax, nested_absmax, nested_code, nested_offset, block, 0, there)
-    table = tl.broadcast_to(_centroids()[None, :], (ROWS, 16))
+    table = tl.broadcast_to(code[None, :], (ROWS, 16))
     return (tl.gather(table, index, 1) * scale).to(DTYPE)
 
 
 @triton.jit
 def weight_tile(
+    code,  # [16] float32: the centroids
     packed,  # [ceil(numel / 2)] uint8
     absmax,  # as for _block_scales, the next three too
     nested_absmax,
@@ -240,6 +244,7 @@ def weight_tile(
     """Return [ROWS, COLUMNS] in DTYPE; elements that are not there are any finite number."""
     if ALIGNED:
         table = weight_tables(
+            code,
             absmax,
             nested_absmax,
             nested_code,
@@ -257,6 +262,7 @@ def weight_tile(
         value = decode(table, packed, row, column, inside, columns, WHOLE, ROWS, COLUMNS)
     else:
         value = decode_anywhere(
+            code,
             packed,
             absmax,
             nested_absmax,
@@ -295,6 +301,7 @@ def _nf4_dequantize_kernel(
     row = program // pieces
     begin = ((program % pieces) * SEGMENTS + tl.arange(0, SEGMENTS)) * SEGMENT
     value = weight_tile(
+        centroids(),
         packed,
         absmax,
         nested_absmax,
@@ -306,7 +313,7 @@ def _nf4_dequantize_kernel(
         (width - begin)[:, None],
         BLOCKSIZE,
         ALIGNED,
-        False,
+        False,  # pyright: ignore[reportArgumentType]
         SEGMENTS,
         SEGMENT,
         out.dtype.element_ty,
@@ -340,7 +347,7 @@ def _nf4_quantize_kernel(
     divided = tl.div_rn(value, tl.broadcast_to(divisor[:, None], (BLOCKS, BLOCKSIZE)))
     unit = tl.where(short[:, None], divided, value * inverse[:, None])
     index = tl.zeros((BLOCKS, BLOCKSIZE), tl.int32)
-    for i in tl.static_range(15):
+    for i in tl.static_range(15):  # pyright: ignore[reportGeneralTypeIssues]
         index += (unit > _MIDDLES[i]).to(tl.int32)
     tl.store(absmax + block, stored, mask=start < numel)
     high, low = tl.split(index.reshape(BLOCKS, BLOCKSIZE // 2, 2))
@@ -406,15 +413,18 @@ def dequantize_into(out: Tensor, weight: NF4Weight, first: int, row_stride: int 
         first: Element of the flattened weight that becomes ``out[0, 0]``.
         row_stride: How many elements further ``out[1, 0]`` is.
     """
+    if row_stride == out.shape[1]:
+        # Whole rows are one piece.
+        out = out.view(1, -1)
     rows, width = out.shape
     if out.numel() == 0:
         return
     segment = min(weight.blocksize, _ELEMENTS)
-    segments = _ELEMENTS // segment
+    segments = max(1, min(_ELEMENTS, triton.next_power_of_2(width)) // segment)
     aligned = first % weight.blocksize == 0 and (rows == 1 or row_stride % weight.blocksize == 0)
     launch(
         _nf4_dequantize_kernel,
-        (rows * triton.cdiv(width, _ELEMENTS),),
+        (rows * triton.cdiv(width, segments * segment),),
         *tensors(weight),
         out,
         first,

@@ -106,6 +106,8 @@ _DATACENTER = ("sm_90", "sm_100")
 _AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
 _MMA = (*_AMPERE, *_GEFORCE)
 _FUSING = (*_MMA, *_DATACENTER, *_AMD)
+# On sm_100 tiles of 64 rows spill.
+_SOME = (*_MMA, "sm_90", *_AMD)
 _EVERY = (*_OLD, *_FUSING)
 
 _FORWARD: tuple[Product, ...] = ("forward",)
@@ -129,11 +131,11 @@ TABLE: tuple[Row, ...] = (
     # A few rows.
     Row(_FUSING, _FORWARD, True, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
     Row(_FUSING, _FORWARD, True, 16, None, _fused(16, 64, 64, 4, 3, splits=2), "modelled"),
-    Row(_FUSING, _BACK, True, 16, _SMALL, _fused(16, 32, 64, 4, 3, splits=8), "modelled"),
-    Row(_FUSING, _BACK, True, 16, None, _fused(16, 32, 64, 4, 3, splits=2), "modelled"),
+    Row(_FUSING, _BACK, True, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
+    Row(_FUSING, _BACK, True, 16, None, _fused(16, 64, 64, 4, 3, splits=2), "modelled"),
     Row(_FUSING, _GATED, True, 16, None, _fused(16, 32, 64, 4, 3), "modelled"),
-    Row(_FUSING, _FORWARD, True, 64, None, _fused(64, 64, 32, 4, 3, 2, 2), "modelled"),
-    Row(_FUSING, _BACK, True, 64, None, _fused(64, 32, 64, 4, 3, splits=2), "modelled"),
+    Row(_SOME, _FORWARD, True, 64, None, _fused(64, 64, 32, 4, 3, splits=2), "modelled"),
+    Row(_SOME, _BACK, True, 64, None, _fused(64, 32, 64, 4, 3, splits=2), "modelled"),
     Row(_FUSING, _GATED, True, 64, None, _fused(64, 32, 32, 4, 3, 2), "modelled"),
     # Many rows.
     Row(_MMA, _FORWARD, True, 128, None, _fused(128, 64, 32, 4, 3, 2), "modelled"),
@@ -153,6 +155,11 @@ TABLE: tuple[Row, ...] = (
 )
 """All rows, in the order in which they are tried; the last one fits everything."""
 
+# Finding the byte and the scale of each element takes registers and shared memory that the tiles
+# above do not leave.
+_ANYWHERE_MOST_ROWS = 16
+_ANYWHERE = _fused(16, 32, 32, 4, 1)
+
 _forced: ContextVar[Configuration | None] = ContextVar("ladder_kernels_nf4", default=None)
 
 
@@ -170,10 +177,16 @@ def using(configuration: Configuration) -> Iterator[None]:
 
 
 def choose(product: Product, x: Tensor, weight: NF4Weight) -> Configuration:
-    """Return how a product of ``x`` ``[M, ...]`` with ``weight`` runs."""
+    """Return how a product of ``x`` ``[M, ...]`` with ``weight`` runs.
+
+    A weight whose rows do not begin with a block is not looked up: few rows of x take a small fused
+    tile, many the unpacked way.
+    """
     forced = _forced.get()
     if forced is not None and (forced.way != "rows" or product == "forward"):
         return forced
+    if weight.shape[1] % weight.blocksize:
+        return _ANYWHERE if x.shape[0] <= _ANYWHERE_MOST_ROWS else _UNPACKED
     name = architecture(x.device)
     return look_up(name, product, x.dtype, x.shape[0], weight.numel).configuration
 

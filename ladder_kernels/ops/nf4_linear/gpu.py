@@ -29,6 +29,7 @@ from torch import Tensor
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.gpu import (
     EXACT,
+    centroids,
     decode,
     decode_anywhere,
     dequantize_into,
@@ -96,11 +97,13 @@ def _nf4_linear_forward_kernel(
     n_inside = n < N
     x_row = x + m.to(tl.int64)[:, None] * x_stride + column[None, :]
     w_row = n.to(tl.int64) * K
+    code = centroids()
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     STEP: tl.constexpr = BLOCK_K * PARTS
     for k in range(split * share, min(K, (split + 1) * share), STEP):
         if ALIGNED:
             table = weight_tables(
+                code,
                 absmax,
                 nested_absmax,
                 nested_code,
@@ -115,7 +118,7 @@ def _nf4_linear_forward_kernel(
                 STEP,
                 x.dtype.element_ty,
             )
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             at = k + part * BLOCK_K
             x_inside = m_inside[:, None]
             if not WHOLE:
@@ -125,6 +128,7 @@ def _nf4_linear_forward_kernel(
                 right = decode(table, packed, w_row, at, n_inside, K - at, WHOLE, BLOCK_N, BLOCK_K)
             else:
                 right = decode_anywhere(
+                    code,
                     packed,
                     absmax,
                     nested_absmax,
@@ -180,11 +184,13 @@ def _nf4_linear_transposed_kernel(
     row = tl.arange(0, BLOCK_N)
     m_inside = m < M
     grad_row = grad + m.to(tl.int64)[:, None] * grad_stride + row[None, :]
+    code = centroids()
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n in range(split * share, min(N, (split + 1) * share), BLOCK_N):
         n_inside = row < N - n
         left = tl.load(grad_row + n, mask=m_inside[:, None] & n_inside[None, :], other=0.0)
         right = weight_tile(
+            code,
             packed,
             absmax,
             nested_absmax,
@@ -239,10 +245,12 @@ def _nf4_linear_rows_kernel(
     column = tl.arange(0, BLOCK_K)
     n_inside = n < N
     w_row = n.to(tl.int64) * K
+    code = centroids()
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         left = tl.load(x + m * x_stride + k + column, mask=column < K - k, other=0.0)
         right = weight_tile(
+            code,
             packed,
             absmax,
             nested_absmax,

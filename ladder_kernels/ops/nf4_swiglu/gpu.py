@@ -22,6 +22,7 @@ from torch import Tensor
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.gpu import (
     EXACT,
+    centroids,
     decode,
     decode_anywhere,
     dequantize_into,
@@ -88,11 +89,13 @@ def _nf4_swiglu_forward_kernel(
     x_row = x + m.to(tl.int64)[:, None] * x_stride + column[None, :]
     w_row = n.to(tl.int64) * K
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    code = centroids()
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     STEP: tl.constexpr = BLOCK_K * PARTS
     for k in range(0, K, STEP):
         if ALIGNED:
             gate_table = weight_tables(
+                code,
                 gate_absmax,
                 gate_nested_absmax,
                 gate_nested_code,
@@ -108,6 +111,7 @@ def _nf4_swiglu_forward_kernel(
                 x.dtype.element_ty,
             )
             up_table = weight_tables(
+                code,
                 up_absmax,
                 up_nested_absmax,
                 up_nested_code,
@@ -122,7 +126,7 @@ def _nf4_swiglu_forward_kernel(
                 STEP,
                 x.dtype.element_ty,
             )
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             at = k + part * BLOCK_K
             left_over = K - at
             x_inside = m_inside[:, None]
@@ -138,6 +142,7 @@ def _nf4_swiglu_forward_kernel(
                 )
             else:
                 right = decode_anywhere(
+                    code,
                     gate_packed,
                     gate_absmax,
                     gate_nested_absmax,
@@ -153,6 +158,7 @@ def _nf4_swiglu_forward_kernel(
                     x.dtype.element_ty,
                 )
                 other = decode_anywhere(
+                    code,
                     up_packed,
                     up_absmax,
                     up_nested_absmax,
