@@ -104,7 +104,7 @@ def _nf4_cases() -> Iterator[Case]:
     )
     yield Case(
         name="nf4 quantize 18944 x 3584",
-        call=lambda: nf4.quantize_blocks(_tensor(_INNER, _D), _BLOCKSIZE, name="weight"),
+        call=lambda: nf4.pack_blocks(_tensor(_INNER, _D), _BLOCKSIZE),
     )
     yield Case(
         name="nf4 dequantize 18944 x 3584",

@@ -51,6 +51,7 @@ __all__ = [
     "dequantize_into",
     "is_aligned",
     "quantize_absmax",
+    "pack_blocks",
     "quantize_blocks",
     "tensors",
     "unsupported",
@@ -357,6 +358,14 @@ def _nf4_quantize_kernel(
 
 def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tensor, Tensor]:
     """Return ``packed`` and ``absmax``; as the reference's. Only a strided weight is copied."""
+    packed, absmax = pack_blocks(weight, blocksize)
+    if not bool(torch.isfinite(absmax).all()):
+        raise non_finite(weight, name)
+    return packed, absmax
+
+
+def pack_blocks(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Return ``packed`` and ``absmax`` of a weight that nobody has checked; no synchronisation."""
     flat = weight.reshape(-1).contiguous()
     numel = flat.numel()
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=flat.device)
@@ -376,8 +385,6 @@ def quantize_blocks(weight: Tensor, blocksize: int, *, name: str) -> tuple[Tenso
         num_warps=_WARPS,
         **EXACT,
     )
-    if not bool(torch.isfinite(absmax).all()):
-        raise non_finite(weight, name)
     return packed, absmax
 
 

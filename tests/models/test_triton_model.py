@@ -40,7 +40,7 @@ def step(model: LadderForCausalLM) -> dict[str, torch.Tensor]:
 def made(make: Callable[..., Any], name: str, dtype: torch.dtype, **fields: Any) -> Any:
     """A ladder whose every parameter matters."""
     backbone = backbone_from_transformers(make("llama", **fields), dtype=dtype)
-    model = LadderForCausalLM.from_backbone(backbone, CONFIGS[name])
+    model = LadderForCausalLM.from_backbone(backbone, CONFIGS[name], tap_dtype=dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
