@@ -6,6 +6,7 @@ on CPU tensors; :func:`on_host` is how it says so. Nothing here imports Triton.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,16 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["HOST_TARGET", "Host", "host", "host_target", "launch", "missing", "on_host"]
+__all__ = [
+    "HOST_TARGET",
+    "Host",
+    "architecture",
+    "host",
+    "host_target",
+    "launch",
+    "missing",
+    "on_host",
+]
 
 Host = Literal["interpreter", "executor", "recorder"]
 """What takes a kernel in place of a GPU."""
@@ -50,6 +60,19 @@ def on_host(kind: Host, target: str = HOST_TARGET) -> Iterator[None]:
         yield
     finally:
         _host.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture of a device: ``"sm_86"``, ``"gfx942"``; of a CPU, the host's target."""
+    return _architecture(device) if device.type == "cuda" else host_target()
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object) -> None:

@@ -44,7 +44,8 @@ def make_labels(tokens, vocabulary, generator=None):
 def use_small_tiles(module, patch, tokens=4096):
     """Several programs, tiles and chunks along each dimension of what tests can afford."""
     for table, tile in (("_LOGITS", (16, 32, 16, 4, 2)), ("_PRODUCT", (32, 16, 16, 4, 2))):
-        patch.setattr(module, table, dict.fromkeys((False, True), module._Tile(*tile)))
+        tiles = {"": module._Tile(*tile)}
+        patch.setattr(module, table, {False: tiles, True: tiles})
     for name, value in (("_COMBINED", 16), ("_GRADIENT", 32), ("TOKENS", tokens)):
         patch.setattr(module, name, value)
     patch.setattr(module, "VOCABULARY", 64)

@@ -43,7 +43,7 @@ def use_small_tiles(module, patch):
     """Several programs along each dimension of what tests can afford."""
     small = module._Tile(16, 16, 32, 4, 2)
     for table in ("_FORWARD", "_PRODUCT"):
-        patch.setattr(module, table, dict.fromkeys((False, True), small))
+        patch.setattr(module, table, {key: {"": small} for key in (False, True)})
     patch.setattr(module, "_ROWWISE", small)
     patch.setattr(module, "_PROGRAMS", 8)
 
@@ -288,7 +288,8 @@ def test_no_temporary_as_large_as_a_tap(recorder, monkeypatch):
     with recorder:
         gpu.rung_merge_backward(side, side, taps, downs, gate, "gate", 1e-6, True, [True] * 3, True)
     results = 4 * (tokens * narrow + 3 * narrow * wide)
-    splits = gpu._PROGRAMS * 4 * gpu._PRODUCT[True].narrow * gpu._PRODUCT[True].wide
+    tile = gpu._PRODUCT[True][""]
+    splits = gpu._PROGRAMS * 4 * tile.narrow * tile.wide
     assert recorder.peak <= results + splits + 8 * (gpu._PROGRAMS * 128 + tokens)
     assert recorder.largest < tokens * wide
 

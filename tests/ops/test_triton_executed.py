@@ -27,7 +27,6 @@ RUNS = [
     pytest.param(
         {"target": 86, "lockstep": False, "reverse": True}, BF16, id="sm_86-bf16-reversed"
     ),
-    pytest.param({"target": 89, "lockstep": False}, BF16, id="sm_89-bf16-warps"),
     pytest.param(
         {"target": 120, "lockstep": False, "reverse": True}, FP16, id="sm_120-fp16-reversed"
     ),

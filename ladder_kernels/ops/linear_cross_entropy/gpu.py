@@ -64,10 +64,16 @@ class _Tile:
     stages: int
 
 
-# By whether products are of float32, which no tensor core multiplies exactly. Modelled: nothing was
-# timed.
-_LOGITS = {False: _Tile(128, 128, 64, 8, 3), True: _Tile(64, 64, 32, 8, 3)}
-_PRODUCT = {False: _Tile(128, 128, 32, 8, 4), True: _Tile(64, 64, 16, 8, 2)}
+# By whether products are of float32, which no tensor core multiplies exactly, and by architecture:
+# RDNA has fewer registers. Modelled: nothing was timed.
+_LOGITS = {
+    False: {"": _Tile(128, 128, 64, 8, 3), "gfx1": _Tile(64, 64, 32, 8, 2)},
+    True: {"": _Tile(64, 64, 32, 8, 3)},
+}
+_PRODUCT = {
+    False: {"": _Tile(128, 128, 32, 8, 4), "gfx1": _Tile(64, 64, 32, 8, 2)},
+    True: {"": _Tile(64, 64, 16, 8, 2)},
+}
 # Tokens of a program that combines tiles; numbers of a gradient's row at a time; warps of both.
 _COMBINED = 32
 _GRADIENT = 1024
@@ -82,7 +88,9 @@ _CHANGE_SCALE = 2.0**14
 def unsupported(*args: object) -> str | None:
     """Say why a call cannot run in Triton; ``None`` if it can."""
     tensors = [value for value in args if isinstance(value, Tensor) and value.is_floating_point()]
-    return _triton.unsupported(*tensors, products=True)
+    return _triton.unsupported(*tensors, products=True) or _triton.without_matrix_units(
+        tensors[0].device
+    )
 
 
 @triton.jit
@@ -528,9 +536,9 @@ def _add_chunk(
     """Take in the head's rows from ``first`` on, ``head`` ``[rows, D]``."""
     rows, D = head.shape
     in_float32 = _product_dtype(tokens.hidden.dtype, head.dtype) == torch.float32
-    tile = _LOGITS[in_float32]
-    tiles = triton.cdiv(rows, tile.columns)
     device = head.device
+    tile = _triton.by_architecture(_LOGITS[in_float32], device)
+    tiles = triton.cdiv(rows, tile.columns)
     shrink = torch.empty(block, dtype=torch.float32, device=device)
     highest = torch.empty(tiles, block, dtype=torch.float32, device=device)
     summed = torch.empty_like(highest)
@@ -582,7 +590,7 @@ def _add_chunk(
     )
     if sums is None:
         return
-    product = _PRODUCT[in_float32]
+    product = _triton.by_architecture(_PRODUCT[in_float32], device)
     _triton.launch(
         _linear_cross_entropy_expected_kernel,
         (triton.cdiv(block, product.rows), triton.cdiv(D, product.columns)),
@@ -634,7 +642,10 @@ def head_grad(
     scale = (weights / largest * _CHANGE_SCALE).contiguous()
     unit = largest * (logit_scale / _CHANGE_SCALE)
     dtype = _product_dtype(hidden.dtype, head.dtype)
-    tile, product = _LOGITS[dtype == torch.float32], _PRODUCT[dtype == torch.float32]
+    tile, product = (
+        _triton.by_architecture(table[dtype == torch.float32], head.device)
+        for table in (_LOGITS, _PRODUCT)
+    )
     # All tokens at once, so that their sum is a program's; as much workspace as the loss's.
     tiles = min(VOCABULARY, TOKENS * VOCABULARY // T) // tile.columns
     width = max(1, min(tiles, triton.cdiv(V, tile.columns))) * tile.columns

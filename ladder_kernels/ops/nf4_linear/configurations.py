@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ladder_kernels.launch import host_target
+from ladder_kernels.launch import architecture
 from ladder_kernels.nf4 import NF4Weight
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "WORKSPACE_BYTES",
     "Configuration",
     "Product",
-    "architecture",
     "choose",
     "look_up",
     "using",
@@ -103,7 +102,9 @@ _OLD = ("sm_75",)
 _AMPERE = ("sm_80",)
 _GEFORCE = ("sm_86", "sm_89", "sm_120")
 _DATACENTER = ("sm_90", "sm_100")
-_AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
+_CDNA = ("gfx90a", "gfx942")
+_RDNA = ("gfx1100", "gfx1201")
+_AMD = (*_CDNA, *_RDNA)
 _MMA = (*_AMPERE, *_GEFORCE)
 _FUSING = (*_MMA, *_DATACENTER, *_AMD)
 # On sm_100 tiles of 64 rows spill.
@@ -148,6 +149,8 @@ TABLE: tuple[Row, ...] = (
     Row(_DATACENTER, _FORWARD, True, 512, None, _fused(128, 128, 64, 8, 3), "modelled"),
     Row(_DATACENTER, _BACK, True, 512, None, _fused(128, 64, 128, 8, 3), "modelled"),
     Row(_DATACENTER, _GATED, True, 512, None, _fused(128, 64, 64, 8, 3), "modelled"),
+    Row(_RDNA, _FORWARD, True, 256, None, _fused(64, 64, 32, 4, 2, 2), "modelled"),
+    Row(_RDNA, _GATED, True, 256, None, _fused(64, 32, 32, 4, 2, 2), "modelled"),
     Row(_AMD, _FORWARD, True, 256, None, _fused(128, 64, 32, 4, 2, 2), "modelled"),
     Row(_AMD, _BACK, True, 256, None, _fused(128, 32, 64, 4, 2), "modelled"),
     Row(_AMD, _GATED, True, 256, None, _fused(128, 32, 32, 4, 2, 2), "modelled"),
@@ -221,20 +224,7 @@ def _nearest(name: str) -> str:
     if name in _EVERY:
         return name
     if not name.startswith("sm_"):
-        return "gfx942"
+        return "gfx1100" if name.startswith("gfx1") else "gfx942"
     number = int(name.removeprefix("sm_"))
     older = [each for each in _EVERY if each.startswith("sm_") and int(each[3:]) <= number]
     return max(older, key=lambda each: int(each[3:]), default="sm_75")
-
-
-def architecture(device: torch.device) -> str:
-    """Return the architecture of a device: ``sm_86``, ``gfx942``; of a CPU, the host's."""
-    return _architecture(device) if device.type == "cuda" else host_target()
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"

@@ -57,16 +57,23 @@ class _Tile:
     stages: int
 
 
-# By whether products are of float32, which no tensor core multiplies exactly. Modelled: nothing was
-# timed. Forward blocks are small, or a micro-batch of 2K tokens would not occupy a GPU.
-_FORWARD = {False: _Tile(64, 64, 64, 4, 4), True: _Tile(32, 32, 32, 4, 3)}
-_PRODUCT = {False: _Tile(64, 64, 128, 8, 3), True: _Tile(32, 32, 64, 4, 3)}
+# By whether products are of float32, which no tensor core multiplies exactly, and by architecture:
+# RDNA has fewer registers. Modelled: nothing was timed. Forward blocks are small, or a micro-batch
+# of 2K tokens would not occupy a GPU.
+_FORWARD = {
+    False: {"": _Tile(64, 64, 64, 4, 4), "gfx1": _Tile(64, 32, 32, 4, 2)},
+    True: {"": _Tile(32, 32, 32, 4, 3)},
+}
+_PRODUCT = {
+    False: {"": _Tile(64, 64, 128, 8, 3), "gfx1": _Tile(32, 64, 64, 8, 2)},
+    True: {"": _Tile(32, 32, 64, 4, 3)},
+}
 # The channels of a side stream that is narrower than a tile's, at least what a product takes.
 _NARROWEST = 16
 
 # Enough programs to occupy a GPU; the product's splits of T add up to no more than that.
 _PROGRAMS = 256
-_ROWWISE = _Tile(16, 128, 1024, 4, 2)
+_ROWWISE = _Tile(16, 128, 512, 4, 2)
 
 
 def unsupported(first: Tensor, *rest: object) -> str | None:
@@ -79,7 +86,9 @@ def unsupported(first: Tensor, *rest: object) -> str | None:
     taps: Sequence[Tensor] = next(value for value in rest if isinstance(value, (list, tuple)))
     if any(tap.shape[-1] == 0 for tap in taps):
         return "a tap has no channels"
-    return _triton.unsupported(first, *taps, products=True)
+    return _triton.unsupported(first, *taps, products=True) or _triton.without_matrix_units(
+        first.device
+    )
 
 
 @triton.jit
@@ -328,7 +337,7 @@ def _project(
     out: Tensor,
 ) -> None:
     rows, weight = _triton.rows(tap), _triton.rows(down)
-    tile = _FORWARD[_in_float32(rows, weight)]
+    tile = _triton.by_architecture(_FORWARD[_in_float32(rows, weight)], rows.device)
     narrow = _narrow(tile, weight.shape[0])
     _triton.launch(
         _rung_merge_forward_kernel,
@@ -441,7 +450,7 @@ def _down_gradient(
     if d == 0:
         return None
     crossed = torch.empty(d, dtype=torch.float64, device=down.device) if need_gate else None
-    tile = _PRODUCT[_in_float32(rows, grad)]
+    tile = _triton.by_architecture(_PRODUCT[_in_float32(rows, grad)], grad.device)
     narrow = _narrow(tile, d)
     blocks = triton.cdiv(D, tile.wide), triton.cdiv(d, narrow)
     splits = max(1, min(_PROGRAMS // (blocks[0] * blocks[1]), triton.cdiv(T, tile.tokens)))
