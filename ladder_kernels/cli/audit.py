@@ -62,7 +62,8 @@ def command(
         if not findings or findings[-1].target != finding.target:
             say(f"compiling for {finding.target}")
         findings.append(finding)
-    forgotten = [] if only else unaudited(findings)
+    # Some kernels are not for every GPU: only all of them together can show what is forgotten.
+    forgotten = [] if only or target else unaudited(findings)
     if as_json:
         print_json({"launches": list(map(_record, findings)), "unaudited": forgotten})
     else:

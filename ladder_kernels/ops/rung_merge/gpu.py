@@ -73,7 +73,7 @@ _NARROWEST = 16
 
 # Enough programs to occupy a GPU; the product's splits of T add up to no more than that.
 _PROGRAMS = 256
-_ROWWISE = _Tile(16, 128, 512, 4, 2)
+_ROWWISE = _Tile(16, 128, 256, 4, 2)
 
 
 def unsupported(first: Tensor, *rest: object) -> str | None:
