@@ -47,7 +47,7 @@ def test_everything_for_one_target():
 def test_a_part_for_every_target(target):
     chosen = [case for case in cases() if case.name.startswith(EVERYWHERE)]
     findings = list(audit([TARGETS[target]], chosen))
-    assert len(findings) > len(EVERYWHERE)
+    assert {finding.case for finding in findings} >= {"nf4_linear q M=16", "rms_norm_backward"}
     assert [finding for finding in findings if finding.faults] == []
 
 

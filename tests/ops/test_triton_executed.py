@@ -229,8 +229,8 @@ def test_every_kernel_is_executed_by_these_tests():
     """The list of what the calls above launch; a new kernel has to be brought in."""
     dtype = torch.bfloat16
     with executing() as launches:
-        for way in WAYS.values():
-            with using(way):
+        for way in ("fused, split", "rows", "unpacked"):
+            with using(WAYS[way]):
                 weight = _weight(32, 128)
                 x = _randn(17, 128, dtype=dtype).requires_grad_()
                 ops.nf4_linear(x, weight).sum().backward()
