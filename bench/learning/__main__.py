@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from bench.learning import cost, report, results
-from bench.learning.studies import STUDIES
+from bench.learning.studies import PEFT, STUDIES
 from bench.learning.trial import run_trial
 
 _MEASURED = (
-    "qlora", "qlora, recomputed", "re-entry 1/2 + r16", "re-entry 1/2 + r16, recomputed",
+    PEFT, "qlora", "qlora, recomputed", "re-entry 3/4 + r16", "re-entry 1/2 + r16",
+    "re-entry 1/2 + r16, recomputed",
     "re-entry 1/2", "re-entry 1/4", "ladder",
 )  # fmt: skip
 _CLAIMS = Path("build/learning/claims")

@@ -17,6 +17,7 @@ from bench import rows as results
 from bench.learning.bases import load_base
 from bench.learning.data import batches, rows_of
 from bench.learning.methods import method_of
+from bench.learning.studies import PEFT
 from bench.learning.tasks import load_task
 from bench.memory import bytes_beyond
 from bench.qlora import peft_qlora
@@ -29,14 +30,13 @@ from ladder_kernels.training.data import load_tokenizer
 __all__ = ["measure"]
 
 _RECOMPUTED = ", recomputed"
-_PEFT = "qlora by PEFT on bitsandbytes"
 _RANK = 16
 
 
 def _model(name: str, backbone: Backbone) -> Any:
     recomputed = name.endswith(_RECOMPUTED)
     name = name.removesuffix(_RECOMPUTED)
-    if name == _PEFT:
+    if name == PEFT:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "base"
             backbone.save_pretrained(base)
@@ -95,7 +95,8 @@ def measure(methods: Sequence[str], *, seconds: float = 90.0) -> None:
         memory = dict(zip(methods, pool.map(_bytes, methods, chunksize=1), strict=True))
     backbone = load_base("nearest")
     steps = {name: _step(name, backbone) for name in methods}
-    timed = alternate({name: step for name, (step, _) in steps.items()}, seconds=seconds)
+    calls = {name: step for name, (step, _) in steps.items()}
+    timed = alternate(calls, seconds=seconds, at_least=3)
     lines = [
         [
             name,
@@ -107,7 +108,9 @@ def measure(methods: Sequence[str], *, seconds: float = 90.0) -> None:
         ]
         for name, quantiles in timed.items()
     ]
-    found = results.seconds(timed, "transformers", **about) + results.bytes_of(memory, **about)
+    found = results.seconds(
+        timed, "transformers", "peft", "bitsandbytes", **about
+    ) + results.bytes_of(memory, **about)
     header = [
         "method",
         "trained",
