@@ -69,7 +69,8 @@ def _groups(results: Any) -> list[list[Result]]:
 def _cells(group: list[Result], metric: str, extra: Sequence[str]) -> list[str]:
     trial = group[0].trial
     name = trial.method + (f", rates x {trial.rate:g}" if trial.rate != 1 else "")
-    spent = trial.steps * COST.get(trial.method, 0)
+    # Costs are those of the whole model.
+    spent = trial.steps * COST.get(trial.method, 0) * (trial.base != "cut")
     times = [
         f"{spent / (QLORA_STEPS[trial.task] * COST[qlora]):.2f}" if spent else ""
         for qlora in ("qlora", PEFT)
