@@ -32,7 +32,8 @@ class Method:
 
 def _spaced(below: int, rungs: int) -> tuple[tuple[int, ...], ...]:
     """``rungs`` rungs of one tap each, evenly spaced from layer ``below`` down."""
-    return tuple((round(below * (i + 1) / rungs),) for i in range(min(rungs, below)))
+    rungs = min(rungs, below)
+    return tuple((round(below * (i + 1) / rungs),) for i in range(rungs))
 
 
 def _ladder(

@@ -33,10 +33,11 @@ def test_json(call):
     assert found["launches"][-1]["modelled_seconds"] == {}
 
 
-def test_table(call):
+def test_table(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     run = call("audit", "--target", "sm_86", "--only", "rotary")
     assert run.code == 0
-    assert "_rotary_turn_kernel" in " ".join(run.stdout.split())
+    assert "_rotary_turn_kernel" in run.stdout
     assert "RTX 3060" in run.stdout
 
 
