@@ -14,7 +14,7 @@ from bench.learning.results import Result
 from bench.learning.studies import COST, PEFT, QLORA_STEPS, SIZES
 from bench.rows import RESULTS
 
-__all__ = ["markdown", "slope", "write"]
+__all__ = ["markdown", "scaling", "slope", "write"]
 
 _METRIC = {"docstrings": "perplexity", "nlu": "accuracy", "critic": "accuracy"}
 _MATHS = "exact_match"

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.learning.trial import Trial
 
-__all__ = ["COST", "MORE_STEPS", "PEFT", "QLORA_STEPS", "STUDIES"]
+__all__ = ["COST", "MORE_STEPS", "PEFT", "QLORA_STEPS", "SIZES", "STUDIES"]
 
 _SEEDS = (0, 1, 2)
 _STEPS = 40
@@ -48,8 +48,8 @@ COST = {
 
 
 MORE_STEPS = {"qlora": 1.4, PEFT: 3.75}
-"""Steps of the recommended ladder for one of QLoRA's, by who runs QLoRA: about what its time
-allows. (How fast PEFT's step is moves from run to run: 3.3 and 3.8 of the ladder's were seen.)"""
+"""Steps of the recommended ladder for one of QLoRA's, by who runs QLoRA: near what its time allows;
+the report says what share of it they took."""
 
 
 def _more(steps: int, qlora: str) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -89,3 +93,23 @@ def reference_backend() -> Iterator[None]:
     """Run a test on the references, whatever native kernels there are."""
     with ops.use_backend("reference"):
         yield
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``broken(module, right, wrong)`` is a module with one for the other in its source."""
+
+    def load(right_module: ModuleType, right: str, wrong: str) -> Any:
+        source = Path(str(right_module.__file__)).read_text()
+        assert right in source
+        path = tmp_path / "broken_gpu.py"
+        path.write_text(source.replace(right, wrong))
+        spec = importlib.util.spec_from_file_location("broken_gpu", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "broken_gpu", module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

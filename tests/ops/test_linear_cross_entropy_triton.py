@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +16,7 @@ from ladder_kernels.errors import BackendError, ConfigError
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 from ladder_kernels.ops import _triton
 from ladder_kernels.ops.linear_cross_entropy import gpu, reference
+from tests.ops.triton_support import interpreting_amid_poison
 
 # The interpreter computes no products of bfloat16.
 DTYPES = [torch.float32, torch.float16]
@@ -49,59 +45,6 @@ def use_small_tiles(module, patch, tokens=4096):
     for name, value in (("_COMBINED", 16), ("_GRADIENT", 32), ("TOKENS", tokens)):
         patch.setattr(module, name, value)
     patch.setattr(module, "VOCABULARY", 64)
-
-
-@contextmanager
-def interpreting_amid_poison():
-    """Kernels get copies with NaN all around, and may not change it; yields a monkeypatch."""
-    launch, margin = _triton.launch, 512
-
-    def bytes_of(storage):
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-    def guarded(kernel, grid, *args, **options):
-        spaces = {}
-
-        def move(value):
-            if not isinstance(value, torch.Tensor):
-                return value
-            storage = value.untyped_storage()
-            if storage.data_ptr() not in spaces:
-                space = torch.full((storage.nbytes() + 2 * margin,), 255, dtype=torch.uint8)
-                space[margin:-margin] = bytes_of(storage)
-                spaces[storage.data_ptr()] = storage, space
-            space = spaces[storage.data_ptr()][1]
-            offset = margin // value.element_size() + value.storage_offset()
-            moved = torch.empty(0, dtype=value.dtype)
-            return moved.set_(space.untyped_storage(), offset, value.shape, value.stride())
-
-        launch(kernel, grid, *map(move, args), **options)
-        for storage, space in spaces.values():
-            assert (space[:margin] == 255).all()
-            assert (space[-margin:] == 255).all()
-            bytes_of(storage).copy_(space[margin:-margin])
-
-    with interpreting(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton, "launch", guarded)
-        yield patch
-
-
-@pytest.fixture
-def broken(tmp_path, monkeypatch):
-    """``broken(right, wrong)`` is the module with one for the other in its source."""
-
-    def load(right, wrong):
-        source = Path(gpu.__file__).read_text()
-        assert right in source
-        path = tmp_path / "broken_gpu.py"
-        path.write_text(source.replace(right, wrong))
-        spec = importlib.util.spec_from_file_location("broken_gpu", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "broken_gpu", module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def check(assert_as_accurate, module, hidden, head, labels, along, *options):
@@ -396,7 +339,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
 def test_a_wrong_kernel_is_found(assert_as_accurate, monkeypatch, broken, right, wrong):
     hidden, head = torch.randn(40, 20).half(), torch.randn(100, 20).half()
     arguments = hidden, head, make_labels(40, 100), torch.rand(40), 5.0, 0.5
-    wrong_gpu = broken(right, wrong)
+    wrong_gpu = broken(gpu, right, wrong)
     use_small_tiles(wrong_gpu, monkeypatch)
     with interpreting_amid_poison(), pytest.raises(AssertionError):
         check(assert_as_accurate, wrong_gpu, *arguments)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -19,6 +14,7 @@ from ladder_kernels.audit import interpreting
 from ladder_kernels.errors import BackendError
 from ladder_kernels.ops import _triton
 from ladder_kernels.ops.rung_merge import gpu, reference
+from tests.ops.triton_support import interpreting_amid_poison
 
 # The interpreter computes no products of bfloat16.
 DTYPES = [torch.float32, torch.float16]
@@ -46,59 +42,6 @@ def use_small_tiles(module, patch):
         patch.setattr(module, table, {key: {"": small} for key in (False, True)})
     patch.setattr(module, "_ROWWISE", small)
     patch.setattr(module, "_PROGRAMS", 8)
-
-
-@contextmanager
-def interpreting_amid_poison():
-    """Kernels get copies with NaN all around, and may not change it; yields a monkeypatch."""
-    launch, margin = _triton.launch, 512
-
-    def bytes_of(storage):
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-    def guarded(kernel, grid, *args, **options):
-        spaces = {}
-
-        def move(value):
-            if not isinstance(value, torch.Tensor):
-                return value
-            storage = value.untyped_storage()
-            if storage.data_ptr() not in spaces:
-                space = torch.full((storage.nbytes() + 2 * margin,), 255, dtype=torch.uint8)
-                space[margin:-margin] = bytes_of(storage)
-                spaces[storage.data_ptr()] = storage, space
-            space = spaces[storage.data_ptr()][1]
-            offset = margin // value.element_size() + value.storage_offset()
-            moved = torch.empty(0, dtype=value.dtype)
-            return moved.set_(space.untyped_storage(), offset, value.shape, value.stride())
-
-        launch(kernel, grid, *map(move, args), **options)
-        for storage, space in spaces.values():
-            assert (space[:margin] == 255).all()
-            assert (space[-margin:] == 255).all()
-            bytes_of(storage).copy_(space[margin:-margin])
-
-    with interpreting(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton, "launch", guarded)
-        yield patch
-
-
-@pytest.fixture
-def broken(tmp_path, monkeypatch):
-    """``broken(right, wrong)`` is the module with one for the other in its source."""
-
-    def load(right, wrong):
-        source = Path(gpu.__file__).read_text()
-        assert right in source
-        path = tmp_path / "broken_gpu.py"
-        path.write_text(source.replace(right, wrong))
-        spec = importlib.util.spec_from_file_location("broken_gpu", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "broken_gpu", module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def check(assert_as_accurate, module, grad, side, taps, downs, gate, mode):
@@ -246,7 +189,7 @@ def test_gate_gradient_that_is_small_beside_its_terms(assert_as_accurate, broken
         values = (grad.to(to), side.to(to), [tap.to(to)], [down.to(to)], gate.to(to))
         return module.rung_merge_backward(*values, "gate", 1e-6, False, [False], True)[2]
 
-    wrong_gpu = broken("product = tl.dot(tl.trans(low), x, product)", "pass")
+    wrong_gpu = broken(gpu, "product = tl.dot(tl.trans(low), x, product)", "pass")
     with interpreting():
         actual, wrong = dgate(gpu, torch.float16), dgate(wrong_gpu, torch.float16)
     same, exact = dgate(reference, torch.float16), dgate(reference, torch.float64)
@@ -309,7 +252,7 @@ def test_no_temporary_as_large_as_a_tap(recorder, monkeypatch):
     ],
 )
 def test_a_wrong_kernel_is_found(assert_as_accurate, monkeypatch, broken, right, wrong):
-    wrong_gpu = broken(right, wrong)
+    wrong_gpu = broken(gpu, right, wrong)
     use_small_tiles(wrong_gpu, monkeypatch)
     with interpreting_amid_poison(), pytest.raises(AssertionError):
         check(assert_as_accurate, wrong_gpu, *for_wrong_kernels())

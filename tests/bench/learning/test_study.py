@@ -15,7 +15,7 @@ from bench.learning.data import CONTEXT, batches, first_answer_tokens, rows_of
 from bench.learning.methods import METHODS, method_of
 from bench.learning.report import markdown, slope, write
 from bench.learning.results import append, claimed, read
-from bench.learning.studies import COST, MORE_STEPS, STUDIES
+from bench.learning.studies import STUDIES
 from bench.learning.tasks import TASKS, load_task
 from bench.learning.trial import Result, Trial
 from ladder_kernels.demo import find_weights
@@ -65,11 +65,6 @@ def test_studies_name_what_there_is_and_try_nothing_twice(study):
         assert trial.base in BASES
         assert trial.method == "untrained" or trial.method in METHODS
         assert trial.steps > 0 or trial.method == "untrained"
-
-
-def test_more_steps_take_about_the_time_of_qloras():
-    for qlora, times in MORE_STEPS.items():
-        assert times * COST["re-entry 1/2 + r16"] == pytest.approx(COST[qlora], rel=0.2)
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
