@@ -6,8 +6,9 @@
 
 Decoding: all elements of a block share a scale, so a block has only 16 values. They are computed
 and rounded once for each block, one value a lane, and a lane fetches the values of its nibbles from
-the others (``tl.gather``: one shuffle a nibble, no multiplication, no conversion). The products
-with NF4 weights decode by the same functions, in registers.
+the others (``tl.gather``: one shuffle a nibble, no multiplication, no conversion). Where bytes can
+be permuted (``permute.py``), lanes hold all 16 values and fetch nothing. The products with NF4
+weights decode by the same functions, in registers.
 
 Layout: elements in row-major order, two a byte, the even one in the high nibble; blocks run over
 the flattened tensor. A piece that does not begin with a block, or whose rows do not, takes a
@@ -21,7 +22,7 @@ scale.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 from ladder_kernels.errors import BackendError
 from ladder_kernels.launch import host, launch
 from ladder_kernels.nf4.codebook import NF4_VALUES
+from ladder_kernels.nf4.permute import can_permute, permuted
 from ladder_kernels.nf4.quantize import (
     NESTED_BLOCKSIZE,
     SMALLEST_DIVISOR,
@@ -47,9 +49,11 @@ __all__ = [
     "centroids",
     "decode",
     "decode_anywhere",
+    "decoding",
     "dequantize",
     "dequantize_into",
     "is_aligned",
+    "load_offset",
     "pack_blocks",
     "quantize_absmax",
     "quantize_blocks",
@@ -100,6 +104,22 @@ def is_aligned(weight: NF4Weight) -> bool:
     return weight.shape[-1] % weight.blocksize == 0
 
 
+def decoding(dtype: torch.dtype, *weights: NF4Weight) -> dict[str, bool]:
+    """Return how kernels decode these weights to numbers of ``dtype``: their constants for it."""
+    aligned = all(is_aligned(weight) for weight in weights)
+    return {"ALIGNED": aligned, "PERMUTE": aligned and _permutes(dtype, *weights)}
+
+
+def _permutes(dtype: torch.dtype, *weights: NF4Weight) -> bool:
+    # Words are read at addresses that are multiples of their size, and no part of one.
+    return all(
+        weight.packed.data_ptr() % 4 == 0
+        and weight.packed.numel() % 4 == 0
+        and can_permute(weight.device, dtype)
+        for weight in weights
+    )
+
+
 @triton.jit
 def centroids() -> tl.tensor:
     """Return [16] float32, from constants: no memory is read for them."""
@@ -110,12 +130,18 @@ def centroids() -> tl.tensor:
     return values
 
 
+@triton.constexpr_function
+def log2(power: Any) -> Any:
+    """Return the exponent of a power of two."""
+    return power.bit_length() - 1
+
+
 @triton.jit
 def _block_scales(
     absmax,  # [blocks] float32, or uint8 with double quantisation
     nested_absmax,  # [ceil(blocks / 256)] float32 or None
     nested_code,  # [256] float32 or None
-    nested_offset,  # [] float32 or None
+    offset,  # [] float32, of load_offset
     block,  # which blocks, int64
     further,  # this many blocks further
     inside,  # which of them are there
@@ -123,9 +149,22 @@ def _block_scales(
     """Return the float32 scales of blocks, in their shape."""
     scale = tl.load(absmax + further + block, mask=inside, other=0)
     if nested_absmax is not None:
-        largest = tl.load(nested_absmax + (block + further) // _NESTED, mask=inside, other=0.0)
-        scale = tl.load(nested_code + scale.to(tl.int32)) * largest + tl.load(nested_offset)
+        largest = tl.load(
+            nested_absmax + (block + further >> log2(_NESTED)), mask=inside, other=0.0
+        )
+        scale = tl.load(nested_code + scale.to(tl.int32)) * largest + offset
     return scale
+
+
+@triton.jit
+def load_offset(
+    nested_offset,  # [] float32 or None
+) -> tl.tensor:
+    """Return the offset of the scales, [] float32, once for all blocks; 0 without one."""
+    offset = tl.full((), 0.0, tl.float32)
+    if nested_offset is not None:
+        offset = tl.load(nested_offset)
+    return offset
 
 
 @triton.jit
@@ -134,7 +173,7 @@ def weight_tables(
     absmax,  # as for _block_scales, the next three too
     nested_absmax,
     nested_code,
-    nested_offset,
+    offset,
     row,  # [ROWS] int64: the element that each row begins with, the beginning of a block
     column,  # of the tile: the beginning of a block, or the tile lies in one block
     inside,  # [ROWS]: which rows are there
@@ -144,10 +183,14 @@ def weight_tables(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two, 32 or more
     DTYPE: tl.constexpr,
+    PERMUTE: tl.constexpr,  # decode by permutations of bytes
 ) -> tl.tensor:
-    """Return the 16 values of each block of a tile: [ROWS * blocks of a row, 16] in DTYPE."""
+    """Return the 16 values of each block of a tile: [ROWS * blocks of a row, 16] in DTYPE.
+
+    Or, to decode by permutations, the blocks' scales: [ROWS, blocks of a row] float32.
+    """
     GROUPS: tl.constexpr = (COLUMNS + BLOCKSIZE - 1) // BLOCKSIZE
-    block = row // BLOCKSIZE
+    block = row >> log2(BLOCKSIZE)
     block_inside = inside
     if GROUPS > 1:
         group = tl.arange(0, GROUPS)[None, :]
@@ -155,43 +198,60 @@ def weight_tables(
         block_inside = inside[:, None]
         if not WHOLE:
             block_inside &= group * BLOCKSIZE < columns
-    further = column // BLOCKSIZE
     scale = _block_scales(
-        absmax, nested_absmax, nested_code, nested_offset, block, further, block_inside
+        absmax, nested_absmax, nested_code, offset, block, column >> log2(BLOCKSIZE), block_inside
     )
-    return (code[None, :] * scale.reshape(ROWS * GROUPS)[:, None]).to(DTYPE)
+    if PERMUTE:
+        values = scale.reshape(ROWS, GROUPS)
+    else:
+        values = (code[None, :] * scale.reshape(ROWS * GROUPS)[:, None]).to(DTYPE)
+    return values
 
 
 @triton.jit
 def decode(
-    table,  # [blocks, 16], of weight_tables
+    table,  # of weight_tables
     packed,  # [ceil(numel / 2)] uint8
     row,  # [ROWS] int64: the element that each row begins with
-    column,  # the first column of the tile: its rows begin with the elements row + column
+    column,  # of the tables' tile
     inside,  # [ROWS]: which rows are there
     columns,  # how many columns of them, a number or [ROWS, 1]
+    PART: tl.constexpr,  # the tile begins PART * COLUMNS columns after that of the tables
     WHOLE: tl.constexpr,  # rows of the tile are there as a whole or not at all
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PERMUTE: tl.constexpr,  # as for weight_tables
 ) -> tl.tensor:
-    """Return [ROWS, COLUMNS] in the tables' dtype."""
-    BYTES: tl.constexpr = COLUMNS // 2
-    TABLES: tl.constexpr = table.shape[0]
-    EACH: tl.constexpr = ROWS * BYTES // (TABLES * 16)
-    byte = tl.arange(0, BYTES)[None, :]
-    byte_inside = inside[:, None]
+    """Return [ROWS, COLUMNS] in DTYPE, that of the tables."""
+    LOG_EACH: tl.constexpr = log2(8 if PERMUTE else 2)
+    PIECES: tl.constexpr = COLUMNS >> LOG_EACH
+    if PERMUTE:
+        packed = packed.to(tl.pointer_type(tl.int32), bitcast=True)
+    piece = tl.arange(0, PIECES)[None, :]
+    piece_inside = inside[:, None]
     if not WHOLE:
-        byte_inside &= byte * 2 < columns
-    # Rows and column apart: the sum over rows does not change from tile to tile.
-    place = (row // 2)[:, None] + byte
-    pairs = tl.load(packed + column // 2 + place, mask=byte_inside, other=0)
-    # With as many columns as entries, entries and nibbles lie in the same lanes of one warp.
-    # Nibbles are cut out as bytes: from wider numbers the compiler makes pairs and unmakes them.
-    index = pairs.reshape(TABLES, 16, EACH)
-    table = tl.broadcast_to(table[:, :, None], (TABLES, 16, EACH))
-    high = tl.gather(table, (index >> 4).to(tl.int32), 1)
-    low = tl.gather(table, (index & 15).to(tl.int32), 1)
-    return tl.join(high, low).reshape(ROWS, COLUMNS)
+        piece_inside &= piece << LOG_EACH < columns
+    # Apart, so that the sum over rows does not change from tile to tile and that of parts is known.
+    # Shifts, since a division of signed numbers rounds towards zero, which takes longer.
+    place = (row >> LOG_EACH)[:, None] + piece
+    pieces = tl.load(
+        packed + (column >> LOG_EACH) + PART * PIECES + place, mask=piece_inside, other=0
+    )
+    if PERMUTE:
+        value = permuted(pieces, table, DTYPE)
+    else:
+        # With as many columns as entries, entries and nibbles lie in the same lanes of one warp.
+        # Nibbles are cut out as bytes: from wider numbers the compiler makes pairs and unmakes
+        # them.
+        TABLES: tl.constexpr = table.shape[0]
+        EACH: tl.constexpr = ROWS * PIECES // (TABLES * 16)
+        index = pieces.reshape(TABLES, 16, EACH)
+        table = tl.broadcast_to(table[:, :, None], (TABLES, 16, EACH))
+        high = tl.gather(table, (index >> 4).to(tl.int32), 1)
+        low = tl.gather(table, (index & 15).to(tl.int32), 1)
+        value = tl.join(high, low).reshape(ROWS, COLUMNS)
+    return value
 
 
 @triton.jit
@@ -201,7 +261,7 @@ def decode_anywhere(
     absmax,  # as for _block_scales, the next three too
     nested_absmax,
     nested_code,
-    nested_offset,
+    offset,
     row,  # [ROWS] int64: the element that each row begins with
     column,  # the first column of the tile: its rows begin with the elements row + column
     inside,  # [ROWS]: which rows are there
@@ -218,7 +278,7 @@ def decode_anywhere(
     pairs = tl.load(packed + element // 2, mask=there, other=0).to(tl.int32)
     index = tl.where((element & 1) == 0, pairs >> 4, pairs & 15)
     block = element // BLOCKSIZE
-    scale = _block_scales(absmax, nested_absmax, nested_code, nested_offset, block, 0, there)
+    scale = _block_scales(absmax, nested_absmax, nested_code, offset, block, 0, there)
     table = tl.broadcast_to(code[None, :], (ROWS, 16))
     return (tl.gather(table, index, 1) * scale).to(DTYPE)
 
@@ -230,7 +290,7 @@ def weight_tile(
     absmax,  # as for _block_scales, the next three too
     nested_absmax,
     nested_code,
-    nested_offset,
+    offset,
     row,  # [ROWS] int64: the element that each row begins with
     column,  # the first column of the tile: its rows begin with the elements row + column
     inside,  # [ROWS]: which rows are there
@@ -241,6 +301,7 @@ def weight_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two, 32 or more
     DTYPE: tl.constexpr,
+    PERMUTE: tl.constexpr,  # as for weight_tables
 ) -> tl.tensor:
     """Return [ROWS, COLUMNS] in DTYPE; elements that are not there are any finite number."""
     if ALIGNED:
@@ -249,7 +310,7 @@ def weight_tile(
             absmax,
             nested_absmax,
             nested_code,
-            nested_offset,
+            offset,
             row,
             column,
             inside,
@@ -259,8 +320,22 @@ def weight_tile(
             ROWS,
             COLUMNS,
             DTYPE,
+            PERMUTE,
         )
-        value = decode(table, packed, row, column, inside, columns, WHOLE, ROWS, COLUMNS)
+        value = decode(
+            table,
+            packed,
+            row,
+            column,
+            inside,
+            columns,
+            0,  # pyright: ignore[reportArgumentType]
+            WHOLE,
+            ROWS,
+            COLUMNS,
+            DTYPE,
+            PERMUTE,
+        )
     else:
         value = decode_anywhere(
             code,
@@ -268,7 +343,7 @@ def weight_tile(
             absmax,
             nested_absmax,
             nested_code,
-            nested_offset,
+            offset,
             row,
             column,
             inside,
@@ -294,6 +369,7 @@ def _nf4_dequantize_kernel(
     width,
     BLOCKSIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PERMUTE: tl.constexpr,
     SEGMENTS: tl.constexpr,  # what one program decodes: segments that lie in one block each
     SEGMENT: tl.constexpr,
 ):
@@ -307,7 +383,7 @@ def _nf4_dequantize_kernel(
         absmax,
         nested_absmax,
         nested_code,
-        nested_offset,
+        load_offset(nested_offset),
         first + row * row_stride + begin,
         0,
         begin < width,
@@ -318,6 +394,7 @@ def _nf4_dequantize_kernel(
         SEGMENTS,
         SEGMENT,
         out.dtype.element_ty,
+        PERMUTE,
     )
     column = begin[:, None] + tl.arange(0, SEGMENT)[None, :]
     tl.store(out + row * width + column, value, mask=column < width)
@@ -439,6 +516,7 @@ def dequantize_into(out: Tensor, weight: NF4Weight, first: int, row_stride: int 
         width,
         BLOCKSIZE=weight.blocksize,
         ALIGNED=aligned,
+        PERMUTE=aligned and _permutes(out.dtype, weight),
         SEGMENTS=segments,
         SEGMENT=segment,
         num_warps=_WARPS,

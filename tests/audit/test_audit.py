@@ -15,11 +15,14 @@ pytest.importorskip("triton")
 
 from ladder_kernels.audit import audit as module
 from ladder_kernels.audit.audit import audit, kernels, unaudited
-from ladder_kernels.audit.binary import Binary, Instructions
+from ladder_kernels.audit.binary import Binary, Instructions, compile_kernel
 from ladder_kernels.audit.catalogue import Case, cases, work_of
 from ladder_kernels.audit.launches import recording
 from ladder_kernels.audit.model import Work
 from ladder_kernels.audit.targets import TARGETS
+from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.ops.nf4_linear import gpu as linear
+from ladder_kernels.ops.nf4_linear.configurations import Configuration, look_up, using
 from tests.audit.kernels import _product_kernel, _scale_kernel
 
 EVERYWHERE = ("nf4_linear q M=16", "rung_merge gate", "rms_norm_backward")
@@ -113,3 +116,50 @@ def test_limits(change, fault):
 
 def test_forgotten_kernels_are_named():
     assert "ladder_kernels.ops.rms_norm.gpu._rms_norm_forward_kernel" in unaudited([])
+
+
+def _fused(configuration: Configuration) -> None:
+    tensors = {
+        "packed": torch.empty(3584 * 3584 // 2, dtype=torch.uint8, device="meta"),
+        "absmax": torch.empty(3584 * 56, dtype=torch.uint8, device="meta"),
+        "nested_absmax": torch.empty(784, device="meta"),
+        "nested_code": torch.empty(256, device="meta"),
+        "nested_offset": torch.empty((), device="meta"),
+    }
+    weight = NF4Weight(shape=(3584, 3584), blocksize=64, dtype=torch.bfloat16, **tensors)
+    x = torch.empty(2048, 3584, dtype=torch.bfloat16, device="meta")
+    with using(configuration):
+        linear.nf4_linear(x, weight)
+
+
+def _dense(configuration: Configuration) -> None:
+    x, w, y = (torch.empty(2048, 3584, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    _product_kernel[(1, 1)](
+        x, w, y, 2048, 3584, 3584, BLOCK_M=configuration.block_m, BLOCK_N=configuration.block_n,
+        BLOCK_K=configuration.block_k, **configuration.options(), enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _per_matrix_instruction(
+    call: Callable[[Configuration], None], configuration: Configuration, target: str
+) -> float:
+    """Instructions of the main loop for each of its matrix instructions."""
+    with recording(target) as launches:
+        call(configuration)
+    (launch,) = launches
+    loop = compile_kernel(
+        launch.kernel, launch.signature, launch.constants, TARGETS[target],
+        attributes=launch.attributes, options=launch.options,
+    ).loop  # fmt: skip
+    assert loop is not None
+    return loop.total / loop.matrix
+
+
+@pytest.mark.parametrize("target", ["sm_86", "sm_89"])
+@pytest.mark.parametrize("block_m", [128, 256])
+def test_decoding_adds_few_instructions_to_those_of_a_dense_weight(target, block_m):
+    rows = {128: 128, 256: 2048}[block_m]
+    shipped = look_up(target, "forward", torch.bfloat16, rows, 3584 * 3584).configuration
+    assert shipped.block_m == block_m
+    fused = _per_matrix_instruction(_fused, shipped, target)
+    assert fused <= 1.8 * _per_matrix_instruction(_dense, shipped, target)

@@ -227,11 +227,11 @@ BROKEN = {
     ),
     "nested scale": (
         nf4_gpu,
-        "(block + further) // _NESTED",
-        "block // _NESTED",
+        "(block + further >> log2(_NESTED))",
+        "(block >> log2(_NESTED))",
     ),
-    "offset of the nested scale": (nf4_gpu, " * largest + tl.load(nested_offset)", " * largest"),
-    "mask of the columns of x": (gpu, "x_inside &= (column < K - at)[None, :]", "pass"),
+    "offset of the nested scale": (nf4_gpu, " * largest + offset", " * largest"),
+    "mask of the columns of x": (gpu, "x_inside &= (column < left_over)[None, :]", "pass"),
     "mask of the rows of grad": (gpu, "[:, None] & n_inside[None, :], other", "[:, None], other"),
     "scale of a later block": (nf4_gpu, "absmax + further + block", "absmax + block"),
 }

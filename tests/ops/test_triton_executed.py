@@ -107,15 +107,18 @@ def test_nf4_swiglu(assert_as_accurate, machine, dtype, way):
 
 @runs
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_nf4_bits(machine, dtype, double_quant):
-    weight = _randn(33, 70, dtype=dtype)
+@pytest.mark.parametrize(("columns", "blocksize"), [(70, 64), (72, 64), (96, 32), (4100, 4096)])
+def test_nf4_bits(machine, dtype, double_quant, columns, blocksize):
+    weight = _randn(33, columns, dtype=dtype)
     with ops.use_backend("reference"):
-        expected = quantize_nf4(weight, double_quant=double_quant)
+        expected = quantize_nf4(weight, blocksize=blocksize, double_quant=double_quant)
         dense = expected.dequantize(dtype)
     with executing(**machine) as launches:
-        packed = quantize_nf4(weight, double_quant=double_quant)
+        packed = quantize_nf4(weight, blocksize=blocksize, double_quant=double_quant)
         unpacked = expected.dequantize(dtype)
     assert len(launches) == 2
+    # Where packed words are whole ones, bytes are permuted.
+    assert ("0x4051" in launches[1].compiled.asm["ptx"]) is (33 * columns % 8 == 0)
     for name, value in expected.tensors().items():
         assert torch.equal(value, packed.tensors()[name]), name
     assert torch.equal(dense, unpacked)

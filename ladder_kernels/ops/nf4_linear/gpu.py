@@ -32,8 +32,9 @@ from ladder_kernels.nf4.gpu import (
     centroids,
     decode,
     decode_anywhere,
+    decoding,
     dequantize_into,
-    is_aligned,
+    load_offset,
     tensors,
     weight_tables,
     weight_tile,
@@ -82,6 +83,7 @@ def _nf4_linear_forward_kernel(
     share,  # how many columns of x a split sums over
     BLOCKSIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PERMUTE: tl.constexpr,
     WHOLE: tl.constexpr,  # K is a multiple of BLOCK_K * PARTS
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,6 +100,7 @@ def _nf4_linear_forward_kernel(
     x_row = x + m.to(tl.int64)[:, None] * x_stride + column[None, :]
     w_row = n.to(tl.int64) * K
     code = centroids()
+    offset = load_offset(nested_offset)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     STEP: tl.constexpr = BLOCK_K * PARTS
     for k in range(split * share, min(K, (split + 1) * share), STEP):
@@ -107,7 +110,7 @@ def _nf4_linear_forward_kernel(
                 absmax,
                 nested_absmax,
                 nested_code,
-                nested_offset,
+                offset,
                 w_row,
                 k,
                 n_inside,
@@ -117,15 +120,29 @@ def _nf4_linear_forward_kernel(
                 BLOCK_N,
                 STEP,
                 x.dtype.element_ty,
+                PERMUTE,
             )
         for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-            at = k + part * BLOCK_K
+            left_over = K - k - part * BLOCK_K
             x_inside = m_inside[:, None]
             if not WHOLE:
-                x_inside &= (column < K - at)[None, :]
-            left = tl.load(x_row + at, mask=x_inside, other=0.0)
+                x_inside &= (column < left_over)[None, :]
+            left = tl.load(x_row + k + part * BLOCK_K, mask=x_inside, other=0.0)
             if ALIGNED:
-                right = decode(table, packed, w_row, at, n_inside, K - at, WHOLE, BLOCK_N, BLOCK_K)
+                right = decode(
+                    table,
+                    packed,
+                    w_row,
+                    k,
+                    n_inside,
+                    left_over,
+                    part,
+                    WHOLE,
+                    BLOCK_N,
+                    BLOCK_K,
+                    x.dtype.element_ty,
+                    PERMUTE,
+                )
             else:
                 right = decode_anywhere(
                     code,
@@ -133,11 +150,11 @@ def _nf4_linear_forward_kernel(
                     absmax,
                     nested_absmax,
                     nested_code,
-                    nested_offset,
+                    offset,
                     w_row,
-                    at,
+                    k + part * BLOCK_K,
                     n_inside,
-                    K - at,
+                    left_over,
                     BLOCKSIZE,
                     BLOCK_N,
                     BLOCK_K,
@@ -172,6 +189,7 @@ def _nf4_linear_transposed_kernel(
     share,  # how many columns of grad a split sums over
     BLOCKSIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PERMUTE: tl.constexpr,
     WHOLE: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -185,6 +203,7 @@ def _nf4_linear_transposed_kernel(
     m_inside = m < M
     grad_row = grad + m.to(tl.int64)[:, None] * grad_stride + row[None, :]
     code = centroids()
+    offset = load_offset(nested_offset)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n in range(split * share, min(N, (split + 1) * share), BLOCK_N):
         n_inside = row < N - n
@@ -195,7 +214,7 @@ def _nf4_linear_transposed_kernel(
             absmax,
             nested_absmax,
             nested_code,
-            nested_offset,
+            offset,
             (n + row).to(tl.int64) * K,
             first,
             n_inside,
@@ -206,6 +225,7 @@ def _nf4_linear_transposed_kernel(
             BLOCK_N,
             BLOCK_K,
             grad.dtype.element_ty,
+            PERMUTE,
         )
         acc = tl.dot(left, right, acc, input_precision="ieee")
     k = first + tl.arange(0, BLOCK_K)
@@ -235,6 +255,7 @@ def _nf4_linear_rows_kernel(
     residual_stride,
     BLOCKSIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PERMUTE: tl.constexpr,
     WHOLE: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -246,6 +267,7 @@ def _nf4_linear_rows_kernel(
     n_inside = n < N
     w_row = n.to(tl.int64) * K
     code = centroids()
+    offset = load_offset(nested_offset)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         left = tl.load(x + m * x_stride + k + column, mask=column < K - k, other=0.0)
@@ -255,7 +277,7 @@ def _nf4_linear_rows_kernel(
             absmax,
             nested_absmax,
             nested_code,
-            nested_offset,
+            offset,
             w_row,
             k,
             n_inside,
@@ -266,6 +288,7 @@ def _nf4_linear_rows_kernel(
             BLOCK_N,
             BLOCK_K,
             x.dtype.element_ty,
+            PERMUTE,
         )
         left = tl.broadcast_to(left.to(tl.float32)[None, :], (BLOCK_N, BLOCK_K))
         # Said outright: contraction is off.
@@ -394,7 +417,7 @@ def _run_fused(
         stride,
         share,
         BLOCKSIZE=weight.blocksize,
-        ALIGNED=is_aligned(weight),
+        **decoding(x.dtype, weight),
         WHOLE=K % (configuration.block_k * own.get("PARTS", 1)) == 0,
         BLOCK_M=configuration.block_m,
         BLOCK_N=configuration.block_n,
@@ -443,7 +466,7 @@ def _run_rows(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         BLOCKSIZE=weight.blocksize,
-        ALIGNED=is_aligned(weight),
+        **decoding(x.dtype, weight),
         WHOLE=K % configuration.block_k == 0,
         BLOCK_N=configuration.block_n,
         BLOCK_K=configuration.block_k,

@@ -25,8 +25,9 @@ from ladder_kernels.nf4.gpu import (
     centroids,
     decode,
     decode_anywhere,
+    decoding,
     dequantize_into,
-    is_aligned,
+    load_offset,
     tensors,
     weight_tables,
 )
@@ -74,6 +75,7 @@ def _nf4_swiglu_forward_kernel(
     GATE_BLOCKSIZE: tl.constexpr,
     UP_BLOCKSIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PERMUTE: tl.constexpr,
     WHOLE: tl.constexpr,  # K is a multiple of BLOCK_K * PARTS
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,6 +92,8 @@ def _nf4_swiglu_forward_kernel(
     w_row = n.to(tl.int64) * K
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     code = centroids()
+    gate_offset = load_offset(gate_nested_offset)
+    up_offset = load_offset(up_nested_offset)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     STEP: tl.constexpr = BLOCK_K * PARTS
     for k in range(0, K, STEP):
@@ -99,7 +103,7 @@ def _nf4_swiglu_forward_kernel(
                 gate_absmax,
                 gate_nested_absmax,
                 gate_nested_code,
-                gate_nested_offset,
+                gate_offset,
                 w_row,
                 k,
                 n_inside,
@@ -109,13 +113,14 @@ def _nf4_swiglu_forward_kernel(
                 BLOCK_N,
                 STEP,
                 x.dtype.element_ty,
+                PERMUTE,
             )
             up_table = weight_tables(
                 code,
                 up_absmax,
                 up_nested_absmax,
                 up_nested_code,
-                up_nested_offset,
+                up_offset,
                 w_row,
                 k,
                 n_inside,
@@ -125,20 +130,42 @@ def _nf4_swiglu_forward_kernel(
                 BLOCK_N,
                 STEP,
                 x.dtype.element_ty,
+                PERMUTE,
             )
         for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-            at = k + part * BLOCK_K
-            left_over = K - at
+            left_over = K - k - part * BLOCK_K
             x_inside = m_inside[:, None]
             if not WHOLE:
                 x_inside &= (column < left_over)[None, :]
-            left = tl.load(x_row + at, mask=x_inside, other=0.0)
+            left = tl.load(x_row + k + part * BLOCK_K, mask=x_inside, other=0.0)
             if ALIGNED:
                 right = decode(
-                    gate_table, gate_packed, w_row, at, n_inside, left_over, WHOLE, BLOCK_N, BLOCK_K
+                    gate_table,
+                    gate_packed,
+                    w_row,
+                    k,
+                    n_inside,
+                    left_over,
+                    part,
+                    WHOLE,
+                    BLOCK_N,
+                    BLOCK_K,
+                    x.dtype.element_ty,
+                    PERMUTE,
                 )
                 other = decode(
-                    up_table, up_packed, w_row, at, n_inside, left_over, WHOLE, BLOCK_N, BLOCK_K
+                    up_table,
+                    up_packed,
+                    w_row,
+                    k,
+                    n_inside,
+                    left_over,
+                    part,
+                    WHOLE,
+                    BLOCK_N,
+                    BLOCK_K,
+                    x.dtype.element_ty,
+                    PERMUTE,
                 )
             else:
                 right = decode_anywhere(
@@ -147,9 +174,9 @@ def _nf4_swiglu_forward_kernel(
                     gate_absmax,
                     gate_nested_absmax,
                     gate_nested_code,
-                    gate_nested_offset,
+                    gate_offset,
                     w_row,
-                    at,
+                    k + part * BLOCK_K,
                     n_inside,
                     left_over,
                     GATE_BLOCKSIZE,
@@ -163,9 +190,9 @@ def _nf4_swiglu_forward_kernel(
                     up_absmax,
                     up_nested_absmax,
                     up_nested_code,
-                    up_nested_offset,
+                    up_offset,
                     w_row,
-                    at,
+                    k + part * BLOCK_K,
                     n_inside,
                     left_over,
                     UP_BLOCKSIZE,
@@ -246,7 +273,7 @@ def nf4_swiglu(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
         x.stride(0),
         GATE_BLOCKSIZE=w_gate.blocksize,
         UP_BLOCKSIZE=w_up.blocksize,
-        ALIGNED=is_aligned(w_gate) and is_aligned(w_up),
+        **decoding(x.dtype, w_gate, w_up),
         WHOLE=K % (configuration.block_k * parts) == 0,
         BLOCK_M=configuration.block_m,
         BLOCK_N=configuration.block_n,
