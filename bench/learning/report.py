@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.learning.compute import LAYERS, operations
 from bench.learning.results import Result
 from bench.learning.studies import COST, PEFT, QLORA_STEPS, SIZES
 from bench.rows import RESULTS
@@ -18,7 +19,11 @@ __all__ = ["markdown", "scaling", "slope", "write"]
 
 _METRIC = {"docstrings": "perplexity", "nlu": "accuracy", "critic": "accuracy"}
 _MATHS = "exact_match"
-_BACKBONES = {"calibrated": "30 layers", "cut": "22 layers"}
+_BACKBONES = {base: f"{layers} layers" for base, layers in LAYERS.items()}
+_AXES: Mapping[str, Callable[[Result], float]] = {
+    "trained parameters": lambda result: float(result.trained_parameters),
+    "floating-point operations": operations,
+}
 
 
 def write(results: Sequence[Result], folder: Path = RESULTS) -> None:
@@ -52,7 +57,7 @@ def markdown(results: Sequence[Result]) -> str:
         for group in _groups(r for r in results if r.trial.task == task):
             parts.append(_line(_cells(group, metric, extra)))
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, *_slopes(results)])
 
 
 def _groups(results: Any) -> list[list[Result]]:
@@ -112,18 +117,21 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return found, error
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+def _axes(title: str, across: Sequence[str], y: str) -> tuple[Any, Any]:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    return figure, axes
+    figure, panels = plt.subplots(
+        1, len(across), figsize=(7.5 * len(across), 4.8), layout="constrained", squeeze=False
+    )
+    for axes, x in zip(panels[0], across, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+    return figure, panels[0]
 
 
 def _plot_frontier(results: Sequence[Result], path: Path) -> None:
@@ -143,9 +151,9 @@ def _plot_frontier(results: Sequence[Result], path: Path) -> None:
                 lines[PEFT].append((trial.steps * COST[PEFT] / COST["qlora"], mean))
     if not lines:
         return
-    figure, axes = _axes(
+    figure, (axes,) = _axes(
         "Docstrings: what training time buys",
-        "time, in steps of QLoRA on the same kernels",
+        ["time, in steps of QLoRA on the same kernels"],
         "held-out perplexity of the answers",
     )
     for method, points in lines.items():
@@ -154,35 +162,57 @@ def _plot_frontier(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def scaling(results: Sequence[Result]) -> dict[str, list[tuple[int, float]]]:
-    """Trained parameters and held-out loss of the sizes of a method, by method and base."""
+def scaling(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results of the sizes of a method, smallest first, by method and base."""
     found = {}
     for base, name in _BACKBONES.items():
         for family, rates in SIZES.items():
-            points = {
-                r.trained_parameters: r.figures["loss"]
+            sizes = {
+                r.trained_parameters: r
                 for r in results
                 if (r.trial.task, r.trial.base) == ("docstrings", base)
                 and (r.trial.steps, r.trial.seed) == (QLORA_STEPS["docstrings"], 0)
                 and rates.get(r.trial.method) == r.trial.rate
             }
-            if len(points) > 2:
-                found[f"{family}, {name}"] = sorted(points.items())
+            if len(sizes) > 2:
+                found[f"{family}, {name}"] = [sizes[size] for size in sorted(sizes)]
     return found
 
 
+def _against(axis: str, sizes: Sequence[Result]) -> list[tuple[float, float]]:
+    return [(_AXES[axis](result), result.figures["loss"]) for result in sizes]
+
+
+def _slopes(results: Sequence[Result]) -> list[str]:
+    """The fitted slopes in a table; no lines without sizes."""
+    drawn = scaling(results)
+    if not drawn:
+        return []
+    parts = ["## Slopes of log(loss), at equal tokens", "", _line(["sizes", "losses", *_AXES])]
+    parts.append(_line(["---"] * (2 + len(_AXES))))
+    for label, sizes in drawn.items():
+        losses = ", ".join(f"{result.figures['loss']:.3f}" for result in sizes)
+        fits = (slope(_against(axis, sizes)) for axis in _AXES)
+        parts.append(_line([label, losses, *(f"{fit:.4f} ± {error:.4f}" for fit, error in fits)]))
+    return [*parts, ""]
+
+
 def _plot_scaling(results: Sequence[Result], path: Path) -> None:
-    """Loss against trained parameters, with fitted slopes, for sizes of ladder and adapter."""
+    """Loss against trained parameters and against compute, with fitted slopes, a line a method."""
     drawn = scaling(results)
     if not drawn:
         return
-    figure, axes = _axes("Docstrings: sizes at equal tokens", "trained parameters", "loss, nats")
-    for label, points in drawn.items():
-        found, error = slope(points)
-        axes.loglog(
-            *zip(*points, strict=True),
-            marker="o",
-            label=f"{label}: slope {found:.3f} ± {error:.3f}",
-        )
-    axes.legend(fontsize="small")
+    figure, panels = _axes("Docstrings: sizes at equal tokens", list(_AXES), "loss, nats")
+    for axes, axis in zip(panels, _AXES, strict=True):
+        for label, sizes in drawn.items():
+            points = _against(axis, sizes)
+            found, error = slope(points)
+            axes.loglog(
+                *zip(*points, strict=True),
+                marker="o",
+                label=f"{label}: slope {found:.3f} ± {error:.3f}",
+            )
+        axes.yaxis.set_major_formatter("{x:.1f}")
+        axes.yaxis.set_minor_formatter("{x:.1f}")
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -38,12 +38,12 @@ def check(assert_as_accurate, M, N, K, dtype, blocksize=64, double_quant=True, *
         return torch.autograd.grad(plain(leaf, *(d.to(to) for d in dense)), leaf, grad.to(to))[0]
 
     exact = plain(x.double(), *(d.double() for d in dense))
-    # Of 16 bits, a maximum over fewer roundings than 1,024 is luck: the halves [M, N] are rounded in
-    # the gradient too. In float32 they are all below the rule's share of the scale.
-    few = 0 if dtype == torch.float32 else 1024
-    if M * N >= few:
+    # Of 16 bits, a maximum over fewer roundings than these is luck: the halves [M, N] are rounded
+    # in the gradient too. In float32 all are below the rule's share of the scale.
+    enough = 0 if dtype == torch.float32 else 1024
+    if M * N >= enough:
         assert_as_accurate(cpu.nf4_swiglu(x, *weights), plain(x, *dense), exact)
-    if M * min(N, K) >= few:
+    if M * min(N, K) >= enough:
         back = cpu.nf4_swiglu_backward(grad, x, *weights)
         assert_as_accurate(back, gradient(dtype), gradient(torch.float64))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench.learning.bases import BASES, load_base
+from bench.learning.compute import operations
 from bench.learning.data import CONTEXT, batches, first_answer_tokens, rows_of
 from bench.learning.methods import METHODS, method_of
 from bench.learning.report import markdown, slope, write
@@ -122,6 +123,16 @@ def test_slope_of_a_power_law_and_its_error():
     assert error == pytest.approx((residual.square().sum() / 2 * covariance[0, 0]).sqrt().item())
 
 
+def test_operations_of_a_trial():
+    layer, head, labelled = 3_538_944, 576 * 49152, 400 / 2048
+    # Up and back through all layers and the head; the adapters three times.
+    expected = 2 * (2 * 30 * layer + 2 * labelled * head + 3 * 4_884_480) * 81920
+    assert operations(RESULT) == pytest.approx(expected)
+    half = replace(RESULT, trial=replace(TRIAL, method="re-entry 1/2", base="cut"))
+    expected = 2 * ((22 + 11) * layer + 2 * labelled * head + 3 * 4_884_480) * 81920
+    assert operations(half) == pytest.approx(expected)
+
+
 def test_report(tmp_path):
     others = [
         replace(RESULT, trial=replace(TRIAL, seed=2), figures={"loss": 2.9, "perplexity": 18.2}),
@@ -141,6 +152,7 @@ def test_report(tmp_path):
     ]
     text = markdown([RESULT, *others])
     assert "| docstrings | calibrated | qlora | 4.88 M | 40 | 1.00 | 0.46 | 3 | 17.099 ± " in text
+    assert "| QLoRA, rank 1 to 64, 30 layers | 3.000, 2.900, 2.800 | -0.0" in text
     write([RESULT, *others], tmp_path)
     assert (tmp_path / "learning.md").read_text() == text
     for plot in ("learning_frontier.png", "learning_scaling.png"):
