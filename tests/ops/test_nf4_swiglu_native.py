@@ -41,9 +41,9 @@ def check(assert_as_accurate, M, N, K, dtype, blocksize=64, double_quant=True, *
     # Of 16 bits, a maximum over fewer roundings than these is luck: the halves [M, N] are rounded
     # in the gradient too. In float32 all are below the rule's share of the scale.
     enough = 0 if dtype == torch.float32 else 1024
-    if M * N >= enough:
+    if enough <= M * N:
         assert_as_accurate(cpu.nf4_swiglu(x, *weights), plain(x, *dense), exact)
-    if M * min(N, K) >= enough:
+    if enough <= M * min(N, K):
         back = cpu.nf4_swiglu_backward(grad, x, *weights)
         assert_as_accurate(back, gradient(dtype), gradient(torch.float64))
 
