@@ -14,6 +14,7 @@ from bench.learning.tasks.base import Example, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from bench.learning.full import FullModel
     from ladder_kernels import LadderForCausalLM
 
 __all__ = ["judge", "mean_loss"]
@@ -22,7 +23,7 @@ _GENERATED_AT_ONCE = 32
 
 
 @torch.no_grad()
-def mean_loss(model: LadderForCausalLM, held_out: list[Batch]) -> float:
+def mean_loss(model: LadderForCausalLM | FullModel, held_out: list[Batch]) -> float:
     """Cross-entropy of the answers' tokens, in nats a token."""
     total, count = 0.0, 0
     for batch in held_out:
@@ -33,7 +34,11 @@ def mean_loss(model: LadderForCausalLM, held_out: list[Batch]) -> float:
 
 
 def judge(
-    model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, *, examples: int
+    model: LadderForCausalLM | FullModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    examples: int,
 ) -> dict[str, float]:
     """Figures of the task over the first ``examples`` that were held out.
 
@@ -60,7 +65,10 @@ def judge(
 
 @torch.no_grad()
 def _accuracy(
-    model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Batch]
+    model: LadderForCausalLM | FullModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: list[Batch],
 ) -> float:
     """Share of examples whose class is the likeliest of all, by its first token."""
     firsts = torch.tensor(
@@ -79,7 +87,7 @@ def _accuracy(
 
 @torch.no_grad()
 def _generated(
-    model: LadderForCausalLM,
+    model: LadderForCausalLM | FullModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     held_out: list[Example] | Any,

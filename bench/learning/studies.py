@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from bench.learning.full import FULL, FULL_BASE
 from bench.learning.trial import Trial
 
 __all__ = ["COST", "MORE_STEPS", "PEFT", "QLORA_STEPS", "SIZES", "STUDIES"]
@@ -83,6 +84,8 @@ def _docstrings() -> Iterator[Trial]:
             yield trial("re-entry 1/4", steps=72)
             yield trial("ladder, attention", steps=_STEPS)
             yield trial("probe", steps=_STEPS)
+            yield trial(FULL, FULL_BASE, steps=_STEPS)
+            yield trial(FULL, FULL_BASE, steps=_STEPS, rate=0.3)
             yield trial("adapters 1/2", steps=_STEPS)
             yield trial("qlora", "nearest", steps=_STEPS)
             yield trial("ladder, attention", "nearest", steps=_STEPS)

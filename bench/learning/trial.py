@@ -6,13 +6,14 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.learning.bases import load_base
 from bench.learning.data import Batch, batches, rows_of
+from bench.learning.full import FULL, FULL_BASE, FULL_RATE, FullModel
 from bench.learning.judge import judge
 from bench.learning.methods import method_of
 from bench.learning.tasks import load_task
@@ -24,7 +25,7 @@ from ladder_kernels.training.data import load_tokenizer
 if TYPE_CHECKING:
     from ladder_kernels.models.backbone import Backbone
 
-__all__ = ["Result", "Trial", "run_trial", "train"]
+__all__ = ["Result", "Trial", "groups_of", "run_trial", "train"]
 
 _WARM_UP = 0.1
 _LARGEST_NORM = 1.0
@@ -93,30 +94,43 @@ class Result:
     commit: str = field(default_factory=commit)
 
 
+def groups_of(model: LadderForCausalLM, method: str, rate: float) -> list[dict[str, Any]]:
+    """The parameters of a ladder with their learning rates, as optimizers take them.
+
+    Args:
+        model: Whose.
+        method: Whose learning rates to take.
+        rate: Factor on those.
+    """
+    chosen = method_of(method)
+    adapters = list(model.ladder.adapters.parameters())
+    known = {id(parameter) for parameter in adapters}
+    rungs = [p for p in model.parameters() if id(p) not in known]
+    return [
+        {"params": parameters, "lr": rate * highest}
+        for parameters, highest in ((rungs, chosen.rate), (adapters, chosen.adapter_rate))
+        if parameters
+    ]
+
+
 def train(
-    model: LadderForCausalLM, rows: list[Batch], *, method: str, steps: int, rate: float
+    model: LadderForCausalLM | FullModel,
+    rows: list[Batch],
+    groups: list[dict[str, Any]],
+    *,
+    steps: int,
 ) -> Iterator[tuple[float, float]]:
     """Take steps of one row each with AdamW: a short rise of the rate, then half a cosine.
 
     Args:
         model: Is trained.
         rows: Gone through again when they end.
-        method: Whose learning rates to take.
+        groups: Its parameters, with the highest of their learning rates.
         steps: How many.
-        rate: Factor on those.
 
     Yields:
         Loss in nats a token, and seconds, of each step.
     """
-    chosen = method_of(method)
-    adapters = list(model.ladder.adapters.parameters())
-    known = {id(parameter) for parameter in adapters}
-    rungs = [p for p in model.parameters() if id(p) not in known]
-    groups = [
-        {"params": parameters, "lr": rate * highest}
-        for parameters, highest in ((rungs, chosen.rate), (adapters, chosen.adapter_rate))
-        if parameters
-    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm = max(1, round(_WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -135,6 +149,22 @@ def train(
         yield float(loss.detach()), time.perf_counter() - start
 
 
+def _prepared(
+    trial: Trial, backbone: Backbone | None
+) -> tuple[LadderForCausalLM | FullModel, list[dict[str, Any]]]:
+    """What a trial trains, and its parameters with their learning rates."""
+    if trial.method == FULL:
+        if trial.base != FULL_BASE:
+            raise ValueError(f"{FULL} begins with the base {FULL_BASE!r}, not {trial.base!r}")
+        whole = FullModel()
+        rate = trial.rate * FULL_RATE
+        return whole, [{"params": list(whole.parameters()), "lr": rate}]
+    backbone = load_base(trial.base) if backbone is None else backbone
+    config = method_of(trial.method).config(backbone.num_layers, trial.seed)
+    model = LadderForCausalLM.from_backbone(backbone, config)
+    return model, groups_of(model, trial.method, trial.rate)
+
+
 def run_trial(trial: Trial, backbone: Backbone | None = None) -> Result:
     """Run one trial.
 
@@ -144,11 +174,9 @@ def run_trial(trial: Trial, backbone: Backbone | None = None) -> Result:
     """
     tokenizer = load_tokenizer(find_weights())
     task = load_task(trial.task, trial.seed)
-    backbone = load_base(trial.base) if backbone is None else backbone
     untrained = trial.method == "untrained"
     name = "probe" if untrained else trial.method
-    config = method_of(name).config(backbone.num_layers, trial.seed)
-    model = LadderForCausalLM.from_backbone(backbone, config)
+    model, groups = _prepared(replace(trial, method=name), backbone)
     steps: list[tuple[float, float]] = []
     tokens = 0
     if not untrained:
@@ -156,7 +184,7 @@ def run_trial(trial: Trial, backbone: Backbone | None = None) -> Result:
         rows = batches(rows_of(task, task.train, tokenizer, wanted), tokenizer)
         # Rows are the same for every seed of docstrings: the seed turns their order.
         rows = rows[trial.seed :] + rows[: trial.seed]
-        steps = list(train(model, rows, method=name, steps=trial.steps, rate=trial.rate))
+        steps = list(train(model, rows, groups, steps=trial.steps))
         tokens = sum(rows[s % len(rows)]["input_ids"].numel() for s in range(trial.steps))
     figures = judge(model, tokenizer, task, examples=trial.examples)
     tenth = max(1, len(steps) // 10)

@@ -13,12 +13,15 @@ import torch
 from bench.learning.bases import BASES, load_base
 from bench.learning.compute import operations
 from bench.learning.data import CONTEXT, batches, first_answer_tokens, rows_of
+from bench.learning.full import FULL, FullModel
+from bench.learning.judge import mean_loss
 from bench.learning.methods import METHODS, method_of
 from bench.learning.report import markdown, slope, write
 from bench.learning.results import append, claimed, read
 from bench.learning.studies import STUDIES
 from bench.learning.tasks import TASKS, load_task
-from bench.learning.trial import Result, Trial
+from bench.learning.trial import Result, Trial, run_trial
+from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.demo import find_weights
 from ladder_kernels.training.data import load_tokenizer
 
@@ -64,7 +67,7 @@ def test_studies_name_what_there_is_and_try_nothing_twice(study):
         assert trial.study == study
         assert trial.task in TASKS
         assert trial.base in BASES
-        assert trial.method == "untrained" or trial.method in METHODS
+        assert trial.method in METHODS or trial.method in ("untrained", FULL)
         assert trial.steps > 0 or trial.method == "untrained"
 
 
@@ -184,3 +187,21 @@ def _padding_starts(row: dict[str, torch.Tensor]) -> int:
     mask = row["attention_mask"][0].bool()
     starts = row["position_ids"][0] == 0
     return int((starts & ~mask).sum())
+
+
+def test_the_whole_model_tells_packed_documents_apart_as_ours_does():
+    tokenizer = load_tokenizer(find_weights())
+    task = load_task("nlu", train_size=60, held_out_size=20)
+    rows = batches(rows_of(task, task.train, tokenizer, 1), tokenizer)
+    whole = FullModel().eval()
+    ours = LadderForCausalLM.from_backbone(load_base("float"), LadderConfig.lst(every=10)).eval()
+    assert mean_loss(whole, rows) == pytest.approx(mean_loss(ours, rows), rel=0.01)
+    together = [
+        {**row, "position_ids": torch.arange(row["input_ids"].shape[1])[None]} for row in rows
+    ]
+    assert mean_loss(whole, together) != pytest.approx(mean_loss(ours, rows), rel=0.01)
+
+
+def test_the_whole_model_is_trained_from_the_float_base_only():
+    with pytest.raises(ValueError, match="begins with the base 'float', not 'calibrated'"):
+        run_trial(replace(TRIAL, method=FULL, steps=1))
