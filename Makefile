@@ -16,6 +16,8 @@ TORCH_INDEX ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+# Each holds PyTorch, Triton and small models: some 2 GB.
+TEST_PROCESSES ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 KERNELS_TEST := -DLK_TESTS=ON -DLK_WARNINGS_AS_ERRORS=ON
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
@@ -64,7 +66,7 @@ demo: $(VENV)/.package $(VENV)/.model
 
 test: $(VENV)/.test
 	@echo "==> running the tests (some minutes on two cores)"
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 lint: $(VENV)/.lint
 	@$(VENV)/bin/ruff check .
