@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ladder_kernels.nn.attention import SequenceLayout, attend
-from ladder_kernels.ops import rms_norm
+from ladder_kernels.ops import rms_norm, side_mlp
+from ladder_kernels.ops._dispatch import has_gpu_kernel
 
 __all__ = ["BLOCKS", "MLPBlock", "SideBlock", "SideShape", "TransformerBlock", "rotary_tables"]
 
@@ -73,6 +74,16 @@ def _linear(out_features: int, in_features: int) -> nn.Linear:
     # Without PyTorch's own initialisation, which would draw from the global generator.
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     return linear.to_empty(device="cpu")
+
+
+def _fused(op: str, u: torch.Tensor) -> bool:
+    """Whether a part of a block runs as the one operation ``op``, not as PyTorch's several.
+
+    It does where the operation has a kernel for ``u``. Elsewhere the several are faster: they keep
+    what the operation would compute again in its backward pass. So they are for float32, whose
+    products have no tensor cores and take all the time, unless kernels are asked for by name.
+    """
+    return has_gpu_kernel(op, u, by_name_only=u.dtype == torch.float32)
 
 
 class SideBlock(nn.Module, ABC):
@@ -162,6 +173,10 @@ class MLPBlock(SideBlock):
         cache_index: int = 0,
     ) -> torch.Tensor:
         """See :meth:`SideBlock.forward`; tokens do not see each other here."""
+        if _fused("side_mlp", u):
+            return side_mlp(
+                u, self.mlp_norm, self.gate.weight, self.up.weight, self.down.weight, self.eps
+            )
         x = rms_norm(u, self.mlp_norm, self.eps)
         return u + self.down(F.silu(self.gate(x)) * self.up(x))
 
