@@ -143,13 +143,17 @@ def _rung_cases() -> Iterator[Case]:
 def _side_cases() -> Iterator[Case]:
     from ladder_kernels.ops.side_mlp import gpu as mlp
 
-    u, inner = _tensor(_TOKENS, _NARROW), _tensor(_NARROW_INNER, _NARROW)
-    given = (u, _tensor(_NARROW), inner, inner, _tensor(_NARROW, _NARROW_INNER), 1e-6)
-    yield Case(name="side_mlp", call=lambda: _call(mlp, "side_mlp", *given))
-    yield Case(
-        name="side_mlp_backward",
-        call=lambda: _call(mlp, "side_mlp_backward", u, *given, True, True, True),
-    )
+    # Streams beside smaller models too: other widths have other tiles.
+    for d, m in ((36, 96), (72, 192), (_NARROW, _NARROW_INNER)):
+        u, inner = _tensor(_TOKENS, d), _tensor(m, d)
+        given = (u, _tensor(d), inner, inner, _tensor(d, m), 1e-6)
+        yield Case(name=f"side_mlp d={d}", call=lambda given=given: _call(mlp, "side_mlp", *given))
+        yield Case(
+            name=f"side_mlp_backward d={d}",
+            call=lambda u=u, given=given: _call(
+                mlp, "side_mlp_backward", u, *given, True, True, True
+            ),
+        )
 
 
 def _loss_cases() -> Iterator[Case]:

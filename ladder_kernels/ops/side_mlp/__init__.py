@@ -22,7 +22,7 @@ _OP = "side_mlp"
 def side_mlp(
     u: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float = 1e-6
 ) -> Tensor:
-    """Return ``u + (silu(x @ gate^T) * (x @ up^T)) @ down^T`` with ``x = rms_norm(u, norm_weight)``.
+    """Return ``u + (silu(x @ gate^T) * (x @ up^T)) @ down^T``, ``x = rms_norm(u, norm_weight)``.
 
     Differentiable (once) in every tensor. Only they are kept for the backward pass: what is inside
     is computed again there. Under autocast all of them are cast to its dtype.
@@ -103,9 +103,7 @@ def _side_mlp_backward(
 
 
 @_side_mlp.register_fake
-def _(
-    u: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
-) -> Tensor:
+def _(u: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float) -> Tensor:
     return u.new_empty(u.shape)
 
 

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladder_kernels.launch import architecture
 from ladder_kernels.ops import _triton
 from ladder_kernels.ops._numeric import flatten_rows
 
@@ -51,20 +52,38 @@ class _Tile:
 
 _Table = Mapping[bool, Mapping[str, Mapping[int, _Tile]]]
 
+# By whether products are of float32, which no tensor core multiplies exactly, by architecture, and
+# by the widest stream that it serves. A program's rows of 256 channels fill the registers; what
+# RDNA's matrix instructions read is in registers twice. Modelled: nothing was timed.
 _FORWARD: _Table = {
-    False: {"": {64: _Tile(64, 32, 4, 2), 128: _Tile(32, 32, 4, 2), 256: _Tile(32, 32, 8, 2)}},
-    True: {"": {256: _Tile(16, 16, 8, 1)}},
+    False: {
+        "": {64: _Tile(64, 32, 4, 2), 128: _Tile(32, 32, 4, 2), 256: _Tile(32, 32, 8, 2)},
+        "gfx9": {256: _Tile(32, 16, 4, 1)},
+        "gfx1": {64: _Tile(32, 16, 4, 1)},
+    },
+    True: {"": {256: _Tile(16, 16, 8, 1)}, "gfx1": {64: _Tile(16, 16, 4, 1)}},
 }
 _ROWS: _Table = {
-    False: {"": {64: _Tile(32, 32, 4, 2), 128: _Tile(16, 64, 4, 2), 256: _Tile(16, 32, 4, 2)}},
-    True: {"": {256: _Tile(16, 16, 8, 1)}},
+    False: {
+        "": {64: _Tile(32, 32, 4, 2), 128: _Tile(16, 64, 4, 2), 256: _Tile(16, 32, 4, 2)},
+        "gfx9": {256: _Tile(16, 16, 4, 1)},
+        "gfx1": {64: _Tile(16, 16, 4, 1)},
+    },
+    True: {"": {256: _Tile(16, 16, 8, 1)}, "gfx1": {64: _Tile(16, 16, 4, 1)}},
 }
 _MATRICES: _Table = {
-    False: {"": {128: _Tile(64, 16, 4, 2), 256: _Tile(64, 16, 8, 2)}},
-    True: {"": {256: _Tile(16, 16, 4, 1)}},
+    False: {
+        "": {128: _Tile(64, 16, 4, 2), 256: _Tile(64, 16, 8, 2)},
+        "gfx9": {256: _Tile(32, 16, 4, 1)},
+        "gfx1": {64: _Tile(16, 16, 4, 1)},
+    },
+    True: {"": {256: _Tile(16, 16, 4, 1)}, "gfx1": {64: _Tile(16, 16, 4, 1)}},
 }
-_NARROWEST, _WIDEST = 16, 256
+# What a matrix product takes at least.
+_NARROWEST = 16
+# Enough programs to occupy a GPU; the matrices' splits of T add up to no more than that.
 _PROGRAMS = 128
+# Channels inside the MLP of a program that adds up splits.
 _SUMMED = 16
 _SUM_WARPS = 4
 
@@ -76,10 +95,16 @@ def unsupported(first: Tensor, *rest: object) -> str | None:
         first: The side stream, or its gradient.
         *rest: What comes after it.
     """
-    width = first.shape[-1]
-    if width > _WIDEST:
-        return f"a side stream of {width} channels is wider than the {_WIDEST} that a program holds"
-    return _triton.unsupported(first, products=True) or _triton.without_matrix_units(first.device)
+    reason = _triton.unsupported(first, products=True) or _triton.without_matrix_units(first.device)
+    if reason is not None:
+        return reason
+    width, widest = first.shape[-1], max(_tiles(_FORWARD, first))
+    if width > widest:
+        return (
+            f"a side stream of {width} channels is wider than the {widest} that a program holds on "
+            f"{architecture(first.device)}"
+        )
+    return None
 
 
 @triton.jit
@@ -307,8 +332,12 @@ def _width(d: int) -> int:
     return max(_NARROWEST, triton.next_power_of_2(d))
 
 
+def _tiles(table: _Table, u: Tensor) -> Mapping[int, _Tile]:
+    return _triton.by_architecture(table[u.dtype == torch.float32], u.device)
+
+
 def _tile(table: _Table, u: Tensor) -> _Tile:
-    tiles = _triton.by_architecture(table[u.dtype == torch.float32], u.device)
+    tiles = _tiles(table, u)
     width = _width(u.shape[-1])
     return tiles[min(each for each in tiles if each >= width)]
 
