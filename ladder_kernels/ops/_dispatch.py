@@ -63,15 +63,16 @@ def run(op: str, function: str, *args: Any) -> Any:
     return implementation(*args)
 
 
-def has_gpu_kernel(op: str, x: Tensor, *, by_name_only: bool = False) -> bool:
+def has_gpu_kernel(op: str, function: str, x: Tensor, *, by_name_only: bool = False) -> bool:
     """Whether a Triton kernel of an operation would run: for modules with a plain way beside it.
 
     A compiler cannot follow the question, and a fake tensor is on no GPU that could be asked: there
     the tensor's device is the answer, and the operation itself asks again when it runs.
 
     Args:
-        op: the operation's folder name; its main function has that name too.
-        x: its first argument.
+        op: the operation's folder name.
+        function: a function of its ``reference.py``.
+        x: the function's first argument.
         by_name_only: whether the kernel is wanted only where "triton" is asked for by name.
 
     Raises:
@@ -81,10 +82,10 @@ def has_gpu_kernel(op: str, x: Tensor, *, by_name_only: bool = False) -> bool:
         return x.device.type == "cuda" and not by_name_only
     chosen = get_backend()
     if chosen == "triton":
-        return _forced(op, op, chosen, x.device, (x,)) is not None
+        return _forced(op, function, chosen, x.device, (x,)) is not None
     if by_name_only or chosen != "auto" or x.device.type != "cuda":
         return False
-    return _best(op, op, x.device, (x,)) is not None
+    return _best(op, function, x.device, (x,)) is not None
 
 
 def register_autograd(

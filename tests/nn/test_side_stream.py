@@ -175,6 +175,26 @@ def test_on_triton_an_mlp_is_one_operation(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(out, plain_mlp(block, u), rtol=1e-4, atol=1e-5)
 
 
+def test_on_triton_queries_and_keys_are_turned_by_a_kernel(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    from ladder_kernels.audit import interpreting
+
+    block = filled(TransformerBlock(SHAPE, eps=EPS))
+    layout = SequenceLayout.build(2, 5, position_ids=torch.tensor([[0, 1, 2, 0, 1]] * 2))
+    u, grad = torch.randn(2, 5, 24).requires_grad_(), torch.randn(2, 5, 24)
+
+    def computed() -> list[torch.Tensor]:
+        out = run(block, u, layout)
+        return [out, *torch.autograd.grad(out, [u, *block.parameters()], grad)]
+
+    expected = computed()
+    monkeypatch.setattr(block_module, "_rotate", None)
+    with interpreting():
+        found = computed()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", OUTPUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_outputs_return_the_backbones_dtype(kind: str, dtype: torch.dtype):

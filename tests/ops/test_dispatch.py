@@ -119,27 +119,27 @@ def test_triton_needs_a_gpu():
 
 def test_whether_a_gpu_kernel_would_run():
     x = torch.ones(2, 8)
-    assert not has_gpu_kernel("side_mlp", x)
+    assert not has_gpu_kernel("side_mlp", "side_mlp", x)
     for name in ("reference", "cpu"):
         with ops.use_backend(name):
-            assert not has_gpu_kernel("side_mlp", x)
+            assert not has_gpu_kernel("side_mlp", "side_mlp", x)
     message = r"side_mlp: backend 'triton' needs tensors on device type 'cuda', found 'cpu'"
     with ops.use_backend("triton"), pytest.raises(BackendError, match=message):
-        has_gpu_kernel("side_mlp", x)
+        has_gpu_kernel("side_mlp", "side_mlp", x)
 
 
 def test_fake_tensors_have_gpu_kernels_by_their_device():
     with FakeTensorMode():
         x = torch.empty(2, 8, device="cuda")
-        assert has_gpu_kernel("side_mlp", x)
-        assert not has_gpu_kernel("side_mlp", x, by_name_only=True)
-        assert not has_gpu_kernel("side_mlp", torch.empty(2, 8))
+        assert has_gpu_kernel("side_mlp", "side_mlp", x)
+        assert not has_gpu_kernel("side_mlp", "side_mlp", x, by_name_only=True)
+        assert not has_gpu_kernel("side_mlp", "side_mlp", torch.empty(2, 8))
 
 
 def test_a_compiler_can_ask_for_a_gpu_kernel():
     @torch.compile(backend="eager", fullgraph=True)
     def asked(x):
-        return x + 1 if has_gpu_kernel("side_mlp", x) else x
+        return x + 1 if has_gpu_kernel("side_mlp", "side_mlp", x) else x
 
     assert torch.equal(asked(torch.zeros(2)), torch.zeros(2))
 

@@ -15,8 +15,9 @@ Backward, three kernels:
     sum       adds the splits in order, and writes dgate, dup and ddown.
 
 Never in memory: anything of ``[T, m]``, forward or backward. The price is that the backward makes
-11 products where 6 would do if the forward had kept five tensors of that size. All sums are in an
-order that depends on shapes alone: the same bits in every run.
+11 products, where 6 would do had the forward kept four tensors of that size; rows of a width that
+is no power of two pay for the wider block too. All sums are in an order that depends on shapes
+alone: the same bits in every run.
 
 Layout: everything contiguous; other inputs are copied. Products are of u's dtype (float32: in
 float32 proper, not in TF32), all else is float32, rounded once. ``d`` is a constant of a kernel, so
