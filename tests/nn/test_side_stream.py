@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ladder_kernels.nn import block as block_module
 from ladder_kernels.nn.attention import SequenceLayout
@@ -173,6 +174,20 @@ def test_on_triton_an_mlp_is_one_operation(monkeypatch: pytest.MonkeyPatch):
         out = block(u, SequenceLayout.build(2, 5))
     assert len(called) == 1
     torch.testing.assert_close(out, plain_mlp(block, u), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_traces_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(block_module, "rms_norm", None)  # PyTorch's several would need it
+    block = MLPBlock(SHAPE, eps=EPS)
+
+    def fake(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+
+    with FakeTensorMode():
+        weights = {name: fake(*weight.shape) for name, weight in block.named_parameters()}
+        u = fake(2, 5, 24)
+        out = torch.func.functional_call(block, weights, (u, SequenceLayout.build(2, 5)))
+    assert (out.shape, out.device.type, out.dtype) == (u.shape, "cuda", torch.bfloat16)
 
 
 def test_on_triton_queries_and_keys_are_turned_by_a_kernel(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from ladder_kernels import ops
 from ladder_kernels.audit import interpreting
+from ladder_kernels.audit.targets import TARGETS
 from ladder_kernels.errors import BackendError
 from ladder_kernels.launch import on_host
 from ladder_kernels.ops import _triton
@@ -221,6 +222,24 @@ def test_what_is_refused(dtype, width, message):
     inputs = make_inputs((2,), width, 6, dtype)
     with interpreting(), pytest.raises(BackendError, match=message):
         ops.side_mlp(*inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_all_kernels_take_streams_of_the_same_widths(target, dtype):
+    u = torch.empty(0, 1, dtype=dtype)
+    with on_host("interpreter", target):
+        widest = {max(gpu._tiles(each, u)) for each in (gpu._FORWARD, gpu._ROWS, gpu._MATRICES)}
+    assert len(widest) == 1
+
+
+def test_narrower_on_rdna():
+    with (
+        interpreting(),
+        on_host("interpreter", "gfx1100"),
+        pytest.raises(BackendError, match="of 72 channels is wider than the 32 that a program hol"),
+    ):
+        ops.side_mlp(*make_inputs((2,), 72, 6))
 
 
 def test_a_gpu_without_tensor_cores_for_triton_is_refused():

@@ -62,7 +62,11 @@ _FORWARD: _Table = {
         "gfx9": {256: _Tile(32, 16, 4, 1)},
         "gfx1": {64: _Tile(32, 16, 4, 1)},
     },
-    True: {"": {256: _Tile(16, 16, 8, 1)}, "gfx1": {64: _Tile(16, 16, 4, 1)}},
+    True: {
+        "": {256: _Tile(16, 16, 8, 1)},
+        "gfx9": {256: _Tile(16, 16, 4, 1)},
+        "gfx1": {32: _Tile(16, 16, 8, 1)},
+    },
 }
 _ROWS: _Table = {
     False: {
@@ -70,7 +74,11 @@ _ROWS: _Table = {
         "gfx9": {256: _Tile(16, 16, 4, 1)},
         "gfx1": {64: _Tile(16, 16, 4, 1)},
     },
-    True: {"": {256: _Tile(16, 16, 8, 1)}, "gfx1": {64: _Tile(16, 16, 4, 1)}},
+    True: {
+        "": {256: _Tile(16, 16, 8, 1)},
+        "gfx9": {256: _Tile(16, 16, 4, 1)},
+        "gfx1": {32: _Tile(16, 16, 8, 1)},
+    },
 }
 _MATRICES: _Table = {
     False: {
@@ -78,7 +86,7 @@ _MATRICES: _Table = {
         "gfx9": {256: _Tile(32, 16, 4, 1)},
         "gfx1": {64: _Tile(16, 16, 4, 1)},
     },
-    True: {"": {256: _Tile(16, 16, 4, 1)}, "gfx1": {64: _Tile(16, 16, 4, 1)}},
+    True: {"": {256: _Tile(16, 16, 4, 1)}, "gfx1": {32: _Tile(16, 16, 8, 1)}},
 }
 # What a matrix product takes at least.
 _NARROWEST = 16
