@@ -26,6 +26,7 @@ __all__ = ["Case", "cases", "work_of"]
 _D, _INNER, _KEYS, _VOCABULARY = 3584, 18944, 512, 152064
 _HEADS, _KEY_HEADS, _HEAD = 28, 4, 128
 _NARROW = _D // 16
+_NARROW_INNER = _INNER // 16
 _TOKENS = 2048
 _BLOCKSIZE = 64
 
@@ -65,6 +66,7 @@ def cases() -> Iterator[Case]:
     """Every case. Needs Triton."""
     yield from _nf4_cases()
     yield from _rung_cases()
+    yield from _side_cases()
     yield from _loss_cases()
     yield from _rowwise_cases()
 
@@ -136,6 +138,22 @@ def _rung_cases() -> Iterator[Case]:
                 1e-6, True, [True, True], gate is not None,
             ),
         )  # fmt: skip
+
+
+def _side_cases() -> Iterator[Case]:
+    from ladder_kernels.ops.side_mlp import gpu as mlp
+
+    # Streams beside smaller models too: other widths have other tiles.
+    for d, m in ((36, 96), (72, 192), (_NARROW, _NARROW_INNER)):
+        u, inner = _tensor(_TOKENS, d), _tensor(m, d)
+        given = (u, _tensor(d), inner, inner, _tensor(d, m), 1e-6)
+        yield Case(name=f"side_mlp d={d}", call=lambda given=given: _call(mlp, "side_mlp", *given))
+        yield Case(
+            name=f"side_mlp_backward d={d}",
+            call=lambda u=u, given=given: _call(
+                mlp, "side_mlp_backward", u, *given, True, True, True
+            ),
+        )
 
 
 def _loss_cases() -> Iterator[Case]:
@@ -236,6 +254,15 @@ _KERNELS = {
         turns=lambda launch: _turns("D", "BLOCK")(launch) * _number(launch, "splits")
     ),
     "_rung_merge_side_kernel": _Kernel(),
+    # Products of blocks that are wider than the stream, where its width is no power of two.
+    "_side_mlp_forward_kernel": _Kernel(
+        _product("T", "m", "WIDTH", factor=6), _turns("m", "INNER")
+    ),
+    "_side_mlp_rows_kernel": _Kernel(_product("T", "m", "WIDTH", factor=10), _turns("m", "INNER")),
+    "_side_mlp_matrices_kernel": _Kernel(
+        _product("T", "m", "WIDTH", factor=12), _turns("share", "TOKENS")
+    ),
+    "_side_mlp_sum_kernel": _Kernel(turns=lambda launch: _number(launch, "splits")),
     "_linear_cross_entropy_logits_kernel": _Kernel(_CHUNK, _turns("D", "INNER")),
     "_linear_cross_entropy_combine_kernel": _Kernel(),
     "_linear_cross_entropy_expected_kernel": _Kernel(_CHUNK, _turns("rows", "INNER")),

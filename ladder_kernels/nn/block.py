@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ladder_kernels.nn.attention import SequenceLayout, attend
-from ladder_kernels.ops import rms_norm
+from ladder_kernels.ops import rms_norm, side_mlp
+from ladder_kernels.ops import rotary as turned_by_position
+from ladder_kernels.ops._dispatch import has_gpu_kernel
 
 __all__ = ["BLOCKS", "MLPBlock", "SideBlock", "SideShape", "TransformerBlock", "rotary_tables"]
 
@@ -62,9 +64,8 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn channel ``j`` of ``[B, H, S, hd]`` with channel ``j + hd / 2``, as llama does."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -73,6 +74,31 @@ def _linear(out_features: int, in_features: int) -> nn.Linear:
     # Without PyTorch's own initialisation, which would draw from the global generator.
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     return linear.to_empty(device="cpu")
+
+
+def _fuses_mlp(u: torch.Tensor) -> bool:
+    """Whether an MLP runs as the one operation ``side_mlp``, not as PyTorch's several.
+
+    It does where there is a kernel for ``u``. Elsewhere the several are faster: they keep what the
+    operation would compute again in its backward pass. So they are for float32, whose products have
+    no tensor cores and take all the time, unless kernels are asked for by name.
+    """
+    return has_gpu_kernel("side_mlp", "side_mlp", u, by_name_only=u.dtype == torch.float32)
+
+
+def _turn(
+    q: torch.Tensor, k: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries and keys ``[B, H, S, hd]`` by position.
+
+    Where there is a kernel, it turns each in one launch; PyTorch needs seven.
+    """
+    cos, sin = (table.to(q.dtype) for table in tables)
+    if not has_gpu_kernel("rotary", "rotary_", q):
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k, cos, sin = (each.transpose(1, 2) for each in (q, k, cos, sin))
+    q, k = turned_by_position(q, k, cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 class SideBlock(nn.Module, ABC):
@@ -162,6 +188,10 @@ class MLPBlock(SideBlock):
         cache_index: int = 0,
     ) -> torch.Tensor:
         """See :meth:`SideBlock.forward`; tokens do not see each other here."""
+        if _fuses_mlp(u):
+            return side_mlp(
+                u, self.mlp_norm, self.gate.weight, self.up.weight, self.down.weight, self.eps
+            )
         x = rms_norm(u, self.mlp_norm, self.eps)
         return u + self.down(F.silu(self.gate(x)) * self.up(x))
 
@@ -209,7 +239,7 @@ class TransformerBlock(MLPBlock):
             for projection in (self.q, self.k, self.v)
         )
         if rotary is not None:
-            q, k = _rotate(q, rotary), _rotate(k, rotary)
+            q, k = _turn(q, k, rotary)
         if cache is not None:
             k, v = cache.update(k, v, cache_index)
         u = u + self.o(attend(q, k, v, layout))

@@ -17,6 +17,7 @@ from ladder_kernels.ops.ranged_attention import ranged_attention
 from ladder_kernels.ops.rms_norm import rms_norm
 from ladder_kernels.ops.rotary import rotary, rotary_
 from ladder_kernels.ops.rung_merge import rung_merge
+from ladder_kernels.ops.side_mlp import side_mlp
 
 __all__ = [
     "BACKENDS",
@@ -33,5 +34,6 @@ __all__ = [
     "rotary_",
     "rung_merge",
     "set_backend",
+    "side_mlp",
     "use_backend",
 ]

@@ -25,12 +25,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ladder_kernels.backend import get_backend, say_fallback, use_backend, warn_once
 from ladder_kernels.errors import BackendError
 from ladder_kernels.ops import _triton
 
-__all__ = ["register_autograd", "run"]
+__all__ = ["has_gpu_kernel", "register_autograd", "run"]
 
 _MODULES = {"triton": "gpu", "cpu": "cpu", "reference": "reference"}
 _FOR_DEVICE = {"cuda": "triton", "cpu": "cpu"}
@@ -59,6 +61,31 @@ def run(op: str, function: str, *args: Any) -> Any:
         with torch.autocast(device.type, enabled=False):
             return implementation(*args)
     return implementation(*args)
+
+
+def has_gpu_kernel(op: str, function: str, x: Tensor, *, by_name_only: bool = False) -> bool:
+    """Whether a Triton kernel of an operation would run: for modules with a plain way beside it.
+
+    A compiler cannot follow the question, and a fake tensor is on no GPU that could be asked: there
+    the tensor's device is the answer, and the operation itself asks again when it runs.
+
+    Args:
+        op: the operation's folder name.
+        function: a function of its ``reference.py``.
+        x: the function's first argument.
+        by_name_only: whether the kernel is wanted only where "triton" is asked for by name.
+
+    Raises:
+        BackendError: "triton" was asked for by name and cannot take ``x``.
+    """
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return x.device.type == "cuda" and not by_name_only
+    chosen = get_backend()
+    if chosen == "triton":
+        return _forced(op, function, chosen, x.device, (x,)) is not None
+    if by_name_only or chosen != "auto" or x.device.type != "cuda":
+        return False
+    return _best(op, function, x.device, (x,)) is not None
 
 
 def register_autograd(

@@ -74,6 +74,9 @@ def test_executed(make, name):
         "_rotary_turn_kernel",
         "_rung_merge_forward_kernel",
         "_rung_merge_product_kernel",
+        "_side_mlp_forward_kernel",
+        "_side_mlp_rows_kernel",
+        "_side_mlp_matrices_kernel",
         "_linear_cross_entropy_logits_kernel",
     } <= names
     assert any(each.startswith("_nf4_") for each in names)

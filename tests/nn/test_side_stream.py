@@ -6,15 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ladder_kernels.nn import block as block_module
 from ladder_kernels.nn.attention import SequenceLayout
-from ladder_kernels.nn.block import BLOCKS, SideBlock, SideShape, TransformerBlock, rotary_tables
+from ladder_kernels.nn.block import (
+    BLOCKS,
+    MLPBlock,
+    SideBlock,
+    SideShape,
+    TransformerBlock,
+    rotary_tables,
+)
 from ladder_kernels.nn.merge import MERGES, GateMerge
 from ladder_kernels.nn.output import OUTPUTS, Output
 from ladder_kernels.nn.tap import TAPS, ResidualTap
+from ladder_kernels.ops import rms_norm, side_mlp
 
 SHAPE = SideShape(width=24, head_dim=8, mlp_width=40)
 EPS = 1e-6
@@ -133,6 +144,70 @@ def test_block_roles(kind: str):
     assert block.cached == ("q" in weights)
     u = torch.randn(2, 3, 24)
     assert torch.equal(run(block, u, SequenceLayout.build(2, 3)), u)
+
+
+def plain_mlp(block: Any, u: torch.Tensor) -> torch.Tensor:
+    x = rms_norm(u, block.mlp_norm, EPS)
+    return u + block.down(F.silu(block.gate(x)) * block.up(x))
+
+
+def test_on_a_cpu_blocks_are_pytorchs_operations(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(block_module, "side_mlp", None)
+    block = filled(MLPBlock(SHAPE, eps=EPS))
+    u = torch.randn(2, 5, 24)
+    assert torch.equal(block(u, SequenceLayout.build(2, 5)), plain_mlp(block, u))
+
+
+def test_on_triton_an_mlp_is_one_operation(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    from ladder_kernels.audit import interpreting
+
+    block = filled(MLPBlock(SHAPE, eps=EPS))
+    u, called = torch.randn(2, 5, 24), []
+
+    def counted(*args: Any) -> torch.Tensor:
+        called.append(args)
+        return side_mlp(*args)
+
+    monkeypatch.setattr(block_module, "side_mlp", counted)
+    with interpreting():
+        out = block(u, SequenceLayout.build(2, 5))
+    assert len(called) == 1
+    torch.testing.assert_close(out, plain_mlp(block, u), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_traces_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(block_module, "rms_norm", None)  # PyTorch's several would need it
+    block = MLPBlock(SHAPE, eps=EPS)
+
+    def fake(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+
+    with FakeTensorMode():
+        weights = {name: fake(*weight.shape) for name, weight in block.named_parameters()}
+        u = fake(2, 5, 24)
+        out = torch.func.functional_call(block, weights, (u, SequenceLayout.build(2, 5)))
+    assert (out.shape, out.device.type, out.dtype) == (u.shape, "cuda", torch.bfloat16)
+
+
+def test_on_triton_queries_and_keys_are_turned_by_a_kernel(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    from ladder_kernels.audit import interpreting
+
+    block = filled(TransformerBlock(SHAPE, eps=EPS))
+    layout = SequenceLayout.build(2, 5, position_ids=torch.tensor([[0, 1, 2, 0, 1]] * 2))
+    u, grad = torch.randn(2, 5, 24).requires_grad_(), torch.randn(2, 5, 24)
+
+    def computed() -> list[torch.Tensor]:
+        out = run(block, u, layout)
+        return [out, *torch.autograd.grad(out, [u, *block.parameters()], grad)]
+
+    expected = computed()
+    monkeypatch.setattr(block_module, "_rotate", None)
+    with interpreting():
+        found = computed()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ladder_kernels as lk
 from ladder_kernels import backend, native, ops
 from ladder_kernels.errors import BackendError, BackendFallbackWarning, ConfigError
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
+from ladder_kernels.ops._dispatch import has_gpu_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +115,33 @@ def test_triton_needs_a_gpu():
         ),
     ):
         ops.rms_norm(torch.ones(2, 3), None, 1e-6)
+
+
+def test_whether_a_gpu_kernel_would_run():
+    x = torch.ones(2, 8)
+    assert not has_gpu_kernel("side_mlp", "side_mlp", x)
+    for name in ("reference", "cpu"):
+        with ops.use_backend(name):
+            assert not has_gpu_kernel("side_mlp", "side_mlp", x)
+    message = r"side_mlp: backend 'triton' needs tensors on device type 'cuda', found 'cpu'"
+    with ops.use_backend("triton"), pytest.raises(BackendError, match=message):
+        has_gpu_kernel("side_mlp", "side_mlp", x)
+
+
+def test_fake_tensors_have_gpu_kernels_by_their_device():
+    with FakeTensorMode():
+        x = torch.empty(2, 8, device="cuda")
+        assert has_gpu_kernel("side_mlp", "side_mlp", x)
+        assert not has_gpu_kernel("side_mlp", "side_mlp", x, by_name_only=True)
+        assert not has_gpu_kernel("side_mlp", "side_mlp", torch.empty(2, 8))
+
+
+def test_a_compiler_can_ask_for_a_gpu_kernel():
+    @torch.compile(backend="eager", fullgraph=True)
+    def asked(x):
+        return x + 1 if has_gpu_kernel("side_mlp", "side_mlp", x) else x
+
+    assert torch.equal(asked(torch.zeros(2)), torch.zeros(2))
 
 
 def test_cpu_accepts_operations_that_have_no_native_kernel():

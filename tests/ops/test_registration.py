@@ -28,6 +28,8 @@ OPERATORS = [
     "rotary_",
     "rung_merge",
     "rung_merge_backward",
+    "side_mlp",
+    "side_mlp_backward",
     "linear_cross_entropy",
     "nf4_linear_cross_entropy",
     "linear_cross_entropy_head_grad",
@@ -108,6 +110,16 @@ def samples(operator, dtype, grad):
         yield *arguments, c(4), "channel", 1e-6, True, [True, False], True
         yield *arguments, c(1), "gate", 1e-6, False, [True, True], False
         yield *arguments, None, "sum", 1e-6, True, [False, False], False
+    elif operator == "side_mlp":
+        yield t(2, 3, 6), t(6), t(8, 6), t(8, 6), t(6, 8), 1e-6
+        yield t(0, 6), t(6), t(8, 6), t(8, 6), t(6, 8), 1e-6
+        turned = c(6, 3, 2).transpose(0, 2).requires_grad_(grad)
+        yield turned, t(6), t(8, 6), t(8, 6), t(6, 8), 1e-6
+    elif operator == "side_mlp_backward":
+        arguments = c(5, 6), c(5, 6), c(6), c(8, 6), c(8, 6), c(6, 8), 1e-6
+        yield *arguments, True, True, True
+        yield *arguments, False, False, True
+        yield *arguments, True, False, False
     elif operator == "linear_cross_entropy":
         yield t(3, 6), t(9, 6), labels, -100, None, 1.0, grad
         yield t(3, 6), c(9, 6), labels, -100, 5.0, 0.5, grad
@@ -148,6 +160,7 @@ def everything(x, side, gate, norm, head, labels, weights):
     h = ops.nf4_swiglu(ops.rms_norm(x, norm, 1e-6), w_gate, w_up)
     y, total = ops.rms_norm(ops.nf4_linear(h, w_down, None, x), norm, 1e-6, x)
     u = ops.rung_merge(side, [x.detach(), total.detach()], [head[:4], head[1:5]], gate, "channel")
+    u = ops.side_mlp(u, gate, head[:, :4], head[:, 2:], head[:, :4].t())
     y = y + ops.nf4_linear_transposed(torch.cat([u, u], -1), w_gate)
     loss = ops.linear_cross_entropy(y, head, labels, softcap=5.0)
     return loss + ops.linear_cross_entropy(total, nf4_head, labels, reduction="sum")

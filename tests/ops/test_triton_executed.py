@@ -155,6 +155,29 @@ def test_rung_merge(assert_as_accurate, machine, dtype, mode):
 
 
 @runs
+@pytest.mark.parametrize(("width", "inner"), [(36, 56), (72, 40), (144, 24)])
+def test_side_mlp(assert_as_accurate, machine, dtype, width, inner):
+    shapes = ((37, width), (width,), (inner, width), (inner, width), (width, inner))
+    inputs = [torch.randn(shape) / max(1, shape[-1] // 4) ** 0.5 for shape in shapes]
+    inputs, grad = [each.to(dtype) for each in inputs], _randn(37, width, dtype=dtype)
+
+    def plain(to: torch.dtype) -> list[torch.Tensor]:
+        u, norm, gate, up, down = leaves = [
+            each.detach().to(to).requires_grad_() for each in inputs
+        ]
+        x = u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + 1e-6) * norm
+        out = u + (silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(to))]
+
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    with executing(**machine):
+        out = ops.side_mlp(*leaves)
+        found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    for actual, same, exact in zip(found, plain(dtype), plain(torch.float64), strict=True):
+        assert_as_accurate(actual, same, exact)
+
+
+@runs
 @pytest.mark.parametrize("head_in", ["dense", "NF4"])
 def test_linear_cross_entropy(assert_as_accurate, machine, dtype, head_in):
     hidden = _randn(21, 64, dtype=dtype).requires_grad_()
@@ -242,6 +265,8 @@ def test_every_kernel_is_executed_by_these_tests():
         gate = torch.rand(1).to(dtype).requires_grad_()
         down = _randn(16, 64, dtype=dtype).requires_grad_()
         ops.rung_merge(side, [_randn(8, 64, dtype=dtype)], [down], gate).sum().backward()
+        weights = [_randn(*s, dtype=dtype) for s in ((16,), (24, 16), (24, 16), (16, 24))]
+        ops.side_mlp(side, *(each.requires_grad_() for each in weights)).sum().backward()
         hidden, head = _randn(8, 64, dtype=dtype).requires_grad_(), down
         ops.linear_cross_entropy(hidden, head, torch.arange(8)).backward()
         ops.rms_norm(hidden, None, 1e-6).sum().backward()
