@@ -9,7 +9,6 @@ is then what every program of the large launch does, turns of its loop apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -80,7 +79,9 @@ def _nf4_samples() -> Iterator[Case]:
     for tokens in _TOKENS:
         yield sample(
             "nf4_linear q", tokens, "forward", _D * _D,
-            lambda M: linear.nf4_linear(_randn(M, 1024), _nf4(128, 1024), _randn(128), _randn(M, 128)),
+            lambda M: linear.nf4_linear(
+                _randn(M, 1024), _nf4(128, 1024), _randn(128), _randn(M, 128)
+            ),
         )  # fmt: skip
         yield sample(
             "nf4_linear k", tokens, "forward", _KEYS * _D,

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("triton")
 
 from ladder_kernels.audit import audit as audit_module
+from ladder_kernels.audit import catalogue, targets
+from ladder_kernels.audit import samples as samples_module
 
 
 def test_json(call):
@@ -32,13 +34,84 @@ def test_json(call):
     assert modelled["matrix"] == 0
     assert found["launches"][-1]["modelled_seconds"] == {}
 
+    assert 0.3 < first["occupancy"] <= 1
+    assert first["shared_limit"] == 99 * 1024
+    assert first["load_bits"] == {"128": 4}
+    assert first["matrix_instructions"] == {}
+    assert first["loop_instructions_per_matrix_instruction"] is None
+    assert first["bound"] == {"RTX 3060": "memory"}
+
 
 def test_table(call, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    run = call("audit", "--target", "sm_86", "--only", "rotary")
+    monkeypatch.setenv("COLUMNS", "300")
+    run = call("audit", "--target", "sm_86", "--only", "rung_merge sum")
     assert run.code == 0
-    assert "_rotary_turn_kernel" in run.stdout
-    assert "RTX 3060" in run.stdout
+    (line,) = [each for each in run.stdout.splitlines() if "_rung_merge_forward_kernel" in each]
+    for part in ("RTX 3060", "HMMA.16816.F32.BF16", "8 x 128", "a matrix instruction", "17%"):
+        assert part in line
+
+
+def test_executing(call):
+    run = call("audit", "--execute", "--target", "sm_89", "--only", "rotary", "--json")
+    assert run.code == 0
+    assert run.stderr.splitlines() == ["executing code for sm_89"]
+    found = json.loads(run.stdout)
+    assert found["unexecuted"] == []
+    queries, keys = found["launches"]
+    assert (queries["kernel"], queries["sample"]) == ("_rotary_turn_kernel", "rotary")
+    # Heads in place; cosines and sines of half a head.
+    q = 16 * 28 * 128 * 2
+    assert (queries["loads"]["arguments"]["x"]["bytes"], queries["stores"]["bytes"]) == (q, q)
+    assert queries["loads"]["arguments"]["cos"]["coalescing"] == 1
+    assert queries["loads"]["bytes_moved"] >= queries["loads"]["bytes"]
+    assert queries["instructions"]["total"] > keys["instructions"]["total"] > 0
+    assert queries["shared"]["slowdown"] == 1
+
+
+def test_a_table_of_what_was_executed(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = call("audit", "--execute", "--only", "rms_norm_backward")
+    assert run.code == 0
+    (line,) = [each for each in run.stdout.splitlines() if "_rms_norm_backward_kernel" in each]
+    assert "sm_86" in line
+    assert "16.0 / 16.0" in line
+
+
+def test_a_kernel_without_a_sample_ends_in_an_exit_code(call, monkeypatch):
+    monkeypatch.setattr(samples_module, "samples", lambda: iter(()))
+    run = call("audit", "--execute")
+    assert run.code == 1
+    assert "sm_86: ladder_kernels.ops.rotary.gpu._rotary_turn_kernel: no sample" in run.stderr
+
+
+def test_targets_that_are_not_executed_are_refused(call):
+    run = call("audit", "--execute", "--target", "sm_90", "--only", "rotary")
+    assert run.code == 2
+    assert "target 'sm_90': its code cannot be executed here" in run.stderr
+
+
+def test_the_page(call, monkeypatch, tmp_path):
+    rotary = [case for case in catalogue.cases() if case.name == "rotary"]
+    few = [sample for sample in samples_module.samples() if sample.name == "rotary"]
+    monkeypatch.setattr(catalogue, "cases", lambda: iter(rotary))
+    monkeypatch.setattr(samples_module, "samples", lambda: iter(few))
+    for name in set(targets.TARGETS) - {"sm_86"}:
+        monkeypatch.delitem(targets.TARGETS, name)
+    path = tmp_path / "page.md"
+    run = call("audit", "--markdown", str(path))
+    # What else there is was forgotten.
+    assert run.code == 1
+    assert "rms_norm_forward_kernel: no case of the catalogue launches it" in run.stderr
+    assert "rms_norm_forward_kernel: no sample launches it" in run.stderr
+    assert f"wrote {path} in 0 minutes" in run.stderr
+    assert "| rotary | `_rotary_turn_kernel` | 2 | memory |" in path.read_text()
+
+
+@pytest.mark.parametrize("option", [["--json"], ["--execute"], ["--target", "sm_86"]])
+def test_the_page_is_about_everything(call, tmp_path, option):
+    path = tmp_path / "page.md"
+    call("audit", "--markdown", str(path), *option).assert_refused("goes with no other option")
+    assert not path.exists()
 
 
 def test_faults_end_in_an_exit_code(call, monkeypatch):
