@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from ladder_kernels.audit import audit as audit_module
 from ladder_kernels.audit import catalogue, targets
 from ladder_kernels.audit import samples as samples_module
+from ladder_kernels.cli import audit as cli
 
 
 def test_json(call):
@@ -42,13 +43,30 @@ def test_json(call):
     assert first["bound"] == {"RTX 3060": "memory"}
 
 
-def test_table(call, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+@pytest.fixture
+def tables(monkeypatch):
+    """Tables as they are before a narrow terminal folds them: lists of a header and lines."""
+    shown = []
+    monkeypatch.setattr(cli, "table", lambda header, lines: shown.append((header, lines)))
+    return shown
+
+
+def test_table(call, tables):
     run = call("audit", "--target", "sm_86", "--only", "rung_merge sum")
     assert run.code == 0
-    (line,) = [each for each in run.stdout.splitlines() if "_rung_merge_forward_kernel" in each]
-    for part in ("RTX 3060", "HMMA.16816.F32.BF16", "8 x 128", "a matrix instruction", "17%"):
-        assert part in line
+    ((header, (line,)),) = tables
+    cells = dict(zip(header, line, strict=True))
+    assert cells["kernel"] == "_rung_merge_forward_kernel"
+    assert (cells["spills"], cells["occupancy"], cells["bound"]) == ("0", "17%", "matrix")
+    assert (cells["matrix"], cells["loads"]) == ("HMMA.16816.F32.BF16", "8 x 128")
+    assert cells["loop"].endswith(" a matrix instruction")
+    assert cells["modelled"].startswith("RTX 3060: ")
+
+
+def test_a_table_on_a_narrow_terminal(call):
+    run = call("audit", "--execute", "--only", "rotary")
+    assert run.code == 0
+    assert "sm_86" in run.stdout
 
 
 def test_executing(call):
@@ -68,13 +86,13 @@ def test_executing(call):
     assert queries["shared"]["slowdown"] == 1
 
 
-def test_a_table_of_what_was_executed(call, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    run = call("audit", "--execute", "--only", "rms_norm_backward")
-    assert run.code == 0
-    (line,) = [each for each in run.stdout.splitlines() if "_rms_norm_backward_kernel" in each]
-    assert "sm_86" in line
-    assert "16.0 / 16.0" in line
+def test_a_table_of_what_was_executed(call, tables):
+    assert call("audit", "--execute", "--only", "rms_norm_backward").code == 0
+    ((header, (line,)),) = tables
+    cells = dict(zip(header, line, strict=True))
+    assert (cells["target"], cells["kernel"]) == ("sm_86", "_rms_norm_backward_kernel")
+    assert (cells["loads"], cells["stores"]) == ("16.0 / 16.0", "16.0 / 16.0")
+    assert int(cells["instructions"].replace(",", "")) > 0
 
 
 def test_a_kernel_without_a_sample_ends_in_an_exit_code(call, monkeypatch):
