@@ -16,7 +16,7 @@ from ladder_kernels.errors import BackendError, ConfigError
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 from ladder_kernels.ops import _triton
 from ladder_kernels.ops.linear_cross_entropy import gpu, gpu_forward, gpu_gradient, reference
-from tests.ops.triton_support import interpreting_amid_poison
+from tests.ops.triton_support import interpreting_amid_poison, take_kernels
 
 # The interpreter computes no products of bfloat16.
 DTYPES = [torch.float32, torch.float16]
@@ -340,9 +340,7 @@ def test_a_wrong_kernel_is_found(assert_as_accurate, monkeypatch, broken, part, 
     hidden, head = torch.randn(40, 20).half(), torch.randn(100, 20).half()
     arguments = hidden, head, make_labels(40, 100), torch.rand(40), 5.0, 0.5
     use_small_tiles(gpu, monkeypatch)
-    wrong_part = broken(part, right, wrong)
-    for name in [name for name in vars(gpu) if name.endswith("_kernel") and name in vars(part)]:
-        monkeypatch.setattr(gpu, name, getattr(wrong_part, name))
+    take_kernels(monkeypatch, gpu, broken(part, right, wrong))
     with interpreting_amid_poison(), pytest.raises(AssertionError):
         check(assert_as_accurate, gpu, *arguments)
 
