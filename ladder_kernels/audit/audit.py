@@ -8,17 +8,17 @@ each target, and its launches are recorded.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ladder_kernels import nf4, ops
 from ladder_kernels.audit.binary import Binary, compile_kernel
 from ladder_kernels.audit.catalogue import Case, cases, work_of
 from ladder_kernels.audit.launches import Launch, recording
 from ladder_kernels.audit.model import Work, modelled_seconds
-from ladder_kernels.audit.targets import DEVICES, Target
+from ladder_kernels.audit.targets import DEVICES, Target, target_of
 from ladder_kernels.errors import BackendError
 
 __all__ = ["Finding", "audit", "kernels", "unaudited"]
@@ -45,6 +45,14 @@ class Finding:
     binary: Binary | None
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
+
+    @property
+    def occupancy(self) -> float:
+        """Warps of it that a multiprocessor holds at once, of those that it could hold at most."""
+        if self.binary is None:
+            return 0.0
+        target = target_of(self.target)
+        return self.binary.resident_warps(target, _warps(self.launch)) / target.most_warps
 
 
 def audit(targets: Sequence[Target], chosen: Sequence[Case] | None = None) -> Iterator[Finding]:
@@ -90,7 +98,7 @@ def _finding(case: Case, launch: Launch, target: Target, known: dict[object, Bin
             case=case.name, kernel=launch.name, target=target.name, launch=launch,
             binary=binary, faults=("a kernel that the catalogue does not know",),
         )  # fmt: skip
-    programs, warps = _programs(launch), launch.options.get("num_warps", 4)
+    programs, warps = _programs(launch), _warps(launch)
     seconds = {
         device.name: modelled_seconds(binary, work, device, programs=programs, warps=warps)
         for device in DEVICES
@@ -105,6 +113,10 @@ def _finding(case: Case, launch: Launch, target: Target, known: dict[object, Bin
         seconds=seconds,
         faults=tuple(_faults(binary, work, target)),
     )
+
+
+def _warps(launch: Launch) -> int:
+    return launch.options.get("num_warps", 4)
 
 
 def _programs(launch: Launch) -> int:
@@ -124,23 +136,28 @@ def _faults(binary: Binary, work: Work, target: Target) -> Iterator[str]:
 
 
 def kernels() -> dict[str, object]:
-    """Every Triton kernel of the library, by module and name."""
+    """Every Triton kernel of the library, by module and name.
+
+    They are in the modules ``gpu`` and ``gpu_...`` of the format and of each operation.
+    """
     from triton.runtime.jit import JITFunction
 
-    names = [f"{nf4.__name__}.gpu"]
-    names += [
-        f"{ops.__name__}.{module.name}.gpu"
+    packages: list[Any] = [nf4]
+    packages += [
+        importlib.import_module(f"{ops.__name__}.{module.name}")
         for module in pkgutil.iter_modules(ops.__path__)
         if module.ispkg
     ]
-    found = {}
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            continue
-        for attribute, value in vars(importlib.import_module(name)).items():
-            if isinstance(value, JITFunction) and attribute.endswith("_kernel"):
-                found[f"{value.__module__}.{attribute}"] = value
-    return found
+    return {
+        f"{value.__module__}.{attribute}": value
+        for package in packages
+        for module in pkgutil.iter_modules(package.__path__)
+        if module.name == "gpu" or module.name.startswith("gpu_")
+        for attribute, value in vars(
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        ).items()
+        if isinstance(value, JITFunction) and attribute.endswith("_kernel")
+    }
 
 
 def unaudited(findings: Sequence[Finding]) -> list[str]:

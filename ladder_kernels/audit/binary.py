@@ -22,8 +22,10 @@ __all__ = ["Binary", "Instructions", "compile_kernel", "read_amd", "read_nvidia"
 
 _SECONDS = 120
 # What an instruction is, by how its name begins; the first that fits counts.
+_NVIDIA_MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
+_AMD_MATRIX = ("v_mfma", "v_wmma", "v_swmmac", "v_smfmac")
 _NVIDIA_CLASSES = (
-    ("matrix", ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")),
+    ("matrix", _NVIDIA_MATRIX),
     ("local", ("LDL", "STL")),
     ("global", ("LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG", "ATOMG", "RED")),
     ("shared", ("LDS", "STS", "LDSM", "STSM", "ATOMS")),
@@ -32,7 +34,7 @@ _NVIDIA_CLASSES = (
     ("branch", ("BRA", "EXIT", "RET", "CALL", "BSSY", "BSYNC", "BREAK")),
 )  # fmt: skip
 _AMD_CLASSES = (
-    ("matrix", ("v_mfma", "v_wmma", "v_swmmac", "v_smfmac")),
+    ("matrix", _AMD_MATRIX),
     ("local", ("scratch_", "buffer_store_dword_spill")),
     ("global", ("global_", "buffer_", "flat_")),
     ("shared", ("ds_",)),
@@ -61,6 +63,25 @@ class Instructions:
     def matrix(self) -> int:
         """Those that multiply matrices."""
         return self.classes.get("matrix", 0)
+
+    @property
+    def matrix_kinds(self) -> Mapping[str, int]:
+        """How many of each name multiply matrices."""
+        return {
+            name: count
+            for name, count in self.names.items()
+            if _is(name.split(".")[0], _NVIDIA_MATRIX if name.isupper() else _AMD_MATRIX)
+        }
+
+    @property
+    def load_bits(self) -> Mapping[int, int]:
+        """How many global loads there are of each width, in bits of a thread; widest first."""
+        found: Counter[int] = Counter()
+        for name, count in self.names.items():
+            bits = _load_bits(name)
+            if bits:
+                found[bits] += count
+        return dict(sorted(found.items(), reverse=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +276,27 @@ def _count(names: Sequence[str], classes: Any) -> Instructions:
         base = name.split(".")[0]
         kinds[next((kind for kind, known in classes if _is(base, known)), "other")] += 1
     return Instructions(total=len(names), classes=dict(kinds), names=dict(Counter(names)))
+
+
+_AMD_BITS = (
+    (128, "x4|b128"),
+    (96, "x3|b96"),
+    (64, "x2|b64"),
+    (16, "short|[ui]16|b16"),
+    (8, "byte|[ui]8"),
+    (32, "dword|b32"),
+)
+
+
+def _load_bits(name: str) -> int:
+    """Bits that an instruction loads from global memory to each thread; 0 if it does not."""
+    if name.startswith(("LDG.", "LDGSTS.")):
+        width = re.search(r"\.(?:[US](8|16)|(64|128|256))(?:\.|$)", name)
+        return int(width[1] or width[2]) if width else 32
+    found = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
+    if found is None:
+        return 0
+    return next(bits for bits, pattern in _AMD_BITS if re.search(pattern, found[1]))
 
 
 def _is(base: str, known: Sequence[str]) -> bool:

@@ -5,6 +5,8 @@ A representative part; ``ladder-kernels audit`` compiles everything for every ta
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +114,35 @@ def test_limits(change, fault):
     binary = Binary(**parts, whole=whole, loop=None)
     work = Work(operations=1.0, moved=1.0, trips=1.0)
     assert list(module._faults(binary, work, TARGETS["sm_86"])) == [fault]
+
+
+def test_occupancy():
+    (found,) = audit([TARGETS["sm_86"]], [_case(_multiply)])
+    # Forty registers of 128 threads, and two stages of two tiles in shared memory.
+    assert found.binary is not None
+    assert found.occupancy == found.binary.resident_warps(TARGETS["sm_86"], 4) / 48
+    assert 0.25 <= found.occupancy <= 1
+
+
+def test_kernels_in_parts_of_a_module_are_found(monkeypatch, tmp_path):
+    """Modules named ``gpu_...`` count, others do not."""
+    source = (
+        "import triton\n\n\n@triton.jit\ndef _{0}_kernel(x):\n    pass\n\n\n"
+        "@triton.jit\ndef _{0}_part(x):\n    pass\n"
+    )
+    for name in ("gpu", "gpu_more", "cpu"):
+        (tmp_path / f"{name}.py").write_text(source.format(name))
+        monkeypatch.delitem(sys.modules, f"ladder_kernels.ops.rms_norm.{name}", raising=False)
+    before = set(kernels())
+    package = importlib.import_module("ladder_kernels.ops.rms_norm")
+    for name in ("gpu", "gpu_more", "cpu"):
+        monkeypatch.delitem(sys.modules, f"ladder_kernels.ops.rms_norm.{name}", raising=False)
+    monkeypatch.setattr(package, "__path__", [str(tmp_path)])
+    found = set(kernels())
+    for name in ("gpu", "gpu_more"):
+        assert f"ladder_kernels.ops.rms_norm.{name}._{name}_kernel" in found - before
+        sys.modules.pop(f"ladder_kernels.ops.rms_norm.{name}")
+    assert not any(".cpu." in name or name.endswith("_part") for name in found)
 
 
 def test_forgotten_kernels_are_named():

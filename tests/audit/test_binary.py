@@ -59,6 +59,53 @@ def test_amd(target):
     assert 16 <= binary.registers <= 512
 
 
+@pytest.mark.parametrize(
+    ("target", "kind", "bits"),
+    [("sm_86", "HMMA.16816.F32.BF16", 128), ("gfx942", "v_mfma_f32_32x32x8_bf16_1k", None)],
+)
+def test_kinds_of_matrix_instructions_and_widths_of_loads(target, kind, bits):
+    code = product(target).whole
+    assert sum(code.matrix_kinds.values()) == code.matrix
+    assert all(name.startswith(kind[:6]) for name in code.matrix_kinds)
+    if bits is not None:
+        assert list(code.matrix_kinds) == [kind]
+        assert list(code.load_bits) == [bits]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("LDG.E.128", 128),
+        ("LDG.E.64.CONSTANT", 64),
+        ("LDG.E", 32),
+        ("LDG.E.U16", 16),
+        ("LDG.E.S8.CONSTANT", 8),
+        ("LDG.E.ENL2.256", 256),
+        ("LDGSTS.E.BYPASS.LTC128B.128", 128),
+        ("LDGSTS.E.LTC128B", 32),
+        ("global_load_dwordx4", 128),
+        ("global_load_b96", 96),
+        ("buffer_load_dwordx2", 64),
+        ("global_load_dword", 32),
+        ("global_load_b32", 32),
+        ("global_load_short_d16_hi", 16),
+        ("global_load_u16", 16),
+        ("global_load_d16_b16", 16),
+        ("buffer_load_ubyte", 8),
+        ("global_load_d16_u8", 8),
+    ],
+)
+def test_bits_that_a_load_brings(name, bits):
+    others = {"STG.E.128": 1, "LDS.64": 1, "global_store_dwordx4": 1, "ds_load_b128": 1}
+    code = Instructions(total=6, classes={}, names={name: 2, **others})
+    assert code.load_bits == {bits: 2}
+
+
+def test_wide_loads_come_first():
+    code = Instructions(total=4, classes={}, names={"LDG.E.U8": 1, "LDG.E": 1, "LDG.E.128": 2})
+    assert list(code.load_bits.items()) == [(128, 2), (32, 1), (8, 1)]
+
+
 def test_without_matrix_units_none_are_used():
     assert product("sm_75").whole.matrix == 0
 

@@ -15,8 +15,8 @@ from ladder_kernels.audit import interpreting
 from ladder_kernels.errors import BackendError, ConfigError
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 from ladder_kernels.ops import _triton
-from ladder_kernels.ops.linear_cross_entropy import gpu, reference
-from tests.ops.triton_support import interpreting_amid_poison
+from ladder_kernels.ops.linear_cross_entropy import gpu, gpu_forward, gpu_gradient, reference
+from tests.ops.triton_support import interpreting_amid_poison, take_kernels
 
 # The interpreter computes no products of bfloat16.
 DTYPES = [torch.float32, torch.float16]
@@ -318,34 +318,34 @@ def test_nothing_waits_for_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("part", "right", "wrong"),
     [
-        ("logits *= logit_scale", "logits *= 1.0"),
-        ("left = along < D - start", "left = along < D"),
-        ("own | (entries >= rows)[None, :]", "own"),
-        ("own | (entries >= rows)[None, :]", "(entries >= rows)[None, :] & own"),
-        ("tl.store(highest + at_tile, factors, mask=inside)", "pass"),
-        ("tl.load(total + tokens, mask=is_token, other=0.0) * shrunk", "0.0"),
-        ("slope = 1.0 - capped * capped", "slope = 1.0"),
-        ("(start // TILE) * block", "0"),
-        ("mask=inside, other=0.0) * scale[:, None]", "mask=inside, other=0.0)"),
-        ("found -= row * label_scale", "pass"),
-        ("slope = 1.0 - (own / softcap) * (own / softcap)", "slope = 1.0"),
-        ("tl.load(order + start + positions", "tl.load(order + positions"),
-        ("shares - 1.0, shares", "shares, shares"),
-        ("product *= tl.load(unit)", "pass"),
+        (gpu_forward, "logits *= logit_scale", "logits *= 1.0"),
+        (gpu_forward, "left = along < D - start", "left = along < D"),
+        (gpu_forward, "own | (entries >= rows)[None, :]", "own"),
+        (gpu_forward, "own | (entries >= rows)[None, :]", "(entries >= rows)[None, :] & own"),
+        (gpu_forward, "tl.store(highest + at_tile, factors, mask=inside)", "pass"),
+        (gpu_forward, "tl.load(total + tokens, mask=is_token, other=0.0) * shrunk", "0.0"),
+        (gpu_forward, "slope = 1.0 - capped * capped", "slope = 1.0"),
+        (gpu_gradient, "(start // TILE) * block", "0"),
+        (gpu_gradient, "mask=inside, other=0.0) * scale[:, None]", "mask=inside, other=0.0)"),
+        (gpu_gradient, "found -= row * label_scale", "pass"),
+        (gpu_gradient, "slope = 1.0 - (own / softcap) * (own / softcap)", "slope = 1.0"),
+        (gpu_gradient, "tl.load(order + start + positions", "tl.load(order + positions"),
+        (gpu_gradient, "shares - 1.0, shares", "shares, shares"),
+        (gpu_gradient, "product *= tl.load(unit)", "pass"),
     ],
 )
-def test_a_wrong_kernel_is_found(assert_as_accurate, monkeypatch, broken, right, wrong):
+def test_a_wrong_kernel_is_found(assert_as_accurate, monkeypatch, broken, part, right, wrong):
     hidden, head = torch.randn(40, 20).half(), torch.randn(100, 20).half()
     arguments = hidden, head, make_labels(40, 100), torch.rand(40), 5.0, 0.5
-    wrong_gpu = broken(gpu, right, wrong)
-    use_small_tiles(wrong_gpu, monkeypatch)
+    use_small_tiles(gpu, monkeypatch)
+    take_kernels(monkeypatch, gpu, broken(part, right, wrong))
     with interpreting_amid_poison(), pytest.raises(AssertionError):
-        check(assert_as_accurate, wrong_gpu, *arguments)
+        check(assert_as_accurate, gpu, *arguments)
 
 
-def test_the_right_kernel_passes_for_right(assert_as_accurate, monkeypatch, broken):
+def test_the_right_kernel_passes_for_right(assert_as_accurate, monkeypatch):
     """On what the wrong kernels are given."""
     hidden, head = torch.randn(40, 20).half(), torch.randn(100, 20).half()
     arguments = hidden, head, make_labels(40, 100), torch.rand(40), 5.0, 0.5

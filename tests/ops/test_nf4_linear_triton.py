@@ -15,7 +15,8 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from ladder_kernels import ops
-from ladder_kernels.audit import interpreting
+from ladder_kernels.audit import executing, interpreting
+from ladder_kernels.audit.ptx import MemoryAccessError
 from ladder_kernels.errors import BackendError
 from ladder_kernels.nf4 import gpu as nf4_gpu
 from ladder_kernels.nf4 import quantize_nf4
@@ -63,6 +64,7 @@ def check(
     addends=(True, True),
     seed=0,
     module=gpu,
+    machine=interpreting,
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -75,7 +77,7 @@ def check(
     residual = make(M, N) if addends[1] else None
     dense = weight.dequantize(dtype)
     wide = [None if t is None else t.double() for t in (x, dense, bias, residual)]
-    with interpreting():
+    with machine():
         y = module.nf4_linear(
             within_nan(x), weight, bias, None if residual is None else within_nan(residual)
         )
@@ -238,7 +240,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_kernel_is_noticed(assert_as_accurate, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("machine", [interpreting, executing], ids=["interpreted", "compiled"])
+def test_wrong_nibbles_scales_and_masks_are_caught(
+    assert_as_accurate, tmp_path, monkeypatch, machine, name
+):
+    """In Triton's interpreter, and in the PTX compiled of the same wrong source."""
     home, right, wrong = BROKEN[name]
     with open(home.__file__) as file:  # noqa: PTH123
         source = file.read()
@@ -253,11 +259,12 @@ def test_a_broken_kernel_is_noticed(assert_as_accurate, tmp_path, monkeypatch, n
         for each in ("decode", "decode_anywhere", "weight_tables", "weight_tile"):
             monkeypatch.setattr(gpu, each, getattr(broken, each))
     with using(Configuration("fused", 16, 128, 64)):
-        shape = {"M": 5, "N": 135, "K": 160, "blocksize": 32}
-        with pytest.raises(AssertionError):
-            check(assert_as_accurate, **shape, module=module)
+        call = {"M": 5, "N": 135, "K": 160, "blocksize": 32, "machine": machine}
+        # Compiled code must not touch what is not there, either.
+        with pytest.raises((AssertionError, MemoryAccessError)):
+            check(assert_as_accurate, **call, dtype=torch.float16, module=module)
         monkeypatch.undo()
-        check(assert_as_accurate, **shape)
+        check(assert_as_accurate, **call, dtype=torch.float16)
 
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -1,4 +1,4 @@
-"""What the tests of Triton launchers share: memory with poison around it."""
+"""What the tests of Triton launchers share: memory with poison around it, wrong kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import torch
 
 from ladder_kernels.audit import interpreting
 from ladder_kernels.ops import _triton
+
+
+def take_kernels(patch, module, part):
+    """Let the launchers of a module launch the kernels of another one, where it has them."""
+    for name in [name for name in vars(module) if name.endswith("_kernel") and name in vars(part)]:
+        patch.setattr(module, name, getattr(part, name))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from ladder_kernels.audit.ptx.counters import GlobalTraffic
 from ladder_kernels.audit.ptx.errors import UnsupportedInstructionError
 from ladder_kernels.audit.ptx.lowering import Action, Builder, Lowering, Reader, items
 from ladder_kernels.audit.ptx.operands import Address, Symbol, Vector
@@ -38,9 +39,15 @@ def count(
     counters = threads.run.counters
     if counters is None or space == "local":
         return
-    of_global = counters.loads if load else counters.stores
-    traffic = counters.shared if space == "shared" else of_global
-    traffic.record(threads.by_warp(addresses), threads.active(mask), nbytes)
+    active = threads.active(mask)
+    if space == "shared":
+        counters.shared.record(threads.by_warp(addresses), active, nbytes)
+    elif active.any():
+        # An instruction reads or writes one argument: that of the first thread that takes part.
+        name = threads.run.global_memory.argument_at(int(threads.by_warp(addresses)[active][0]))
+        of_arguments = counters.loads_of if load else counters.stores_of
+        traffic = of_arguments.setdefault(name, GlobalTraffic())
+        traffic.record(threads.by_warp(addresses), active, nbytes)
 
 
 def _locator(

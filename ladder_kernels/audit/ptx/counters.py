@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -93,6 +94,12 @@ class SharedTraffic:
     wavefronts: int = 0
     conflicts: int = 0
 
+    @property
+    def slowdown(self) -> float:
+        """Wavefronts in proportion to what the bytes need: 1 is perfect."""
+        needed = self.wavefronts - self.conflicts
+        return self.wavefronts / needed if needed else 1.0
+
     def record(self, addresses: Array, active: Array, nbytes: int) -> None:
         """Count one access; the arguments are those of :meth:`GlobalTraffic.record`."""
         words = max(nbytes // _BANK_WIDTH, 1)
@@ -114,14 +121,14 @@ class Counters:
     Attributes:
         instructions: Executed instructions of warps by category; one whose guard is false
             for every thread still counts, as it does on the hardware.
-        loads: Global loads, ``cp.async`` among them.
-        stores: Global stores and atomics.
+        loads_of: Global loads, ``cp.async`` among them, by the argument whose memory they read.
+        stores_of: Global stores and atomics, by the argument whose memory they write.
         shared: Shared memory.
     """
 
     instructions: dict[Category, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
-    loads: GlobalTraffic = field(default_factory=GlobalTraffic)
-    stores: GlobalTraffic = field(default_factory=GlobalTraffic)
+    loads_of: dict[str, GlobalTraffic] = field(default_factory=dict)
+    stores_of: dict[str, GlobalTraffic] = field(default_factory=dict)
     shared: SharedTraffic = field(default_factory=SharedTraffic)
 
     @property
@@ -129,18 +136,39 @@ class Counters:
         """All executed instructions."""
         return sum(self.instructions.values())
 
+    @property
+    def loads(self) -> GlobalTraffic:
+        """Global loads of all arguments."""
+        return _sum(self.loads_of)
+
+    @property
+    def stores(self) -> GlobalTraffic:
+        """Global stores and atomics of all arguments."""
+        return _sum(self.stores_of)
+
     def add(self, other: Counters) -> None:
         """Add another launch's counts."""
         for category, count in other.instructions.items():
             self.instructions[category] += count
+        _add(self.shared, other.shared)
         for mine, theirs in (
-            (self.loads, other.loads),
-            (self.stores, other.stores),
-            (self.shared, other.shared),
+            (self.loads_of, other.loads_of),
+            (self.stores_of, other.stores_of),
         ):
-            for entry in fields(mine):
-                total = getattr(mine, entry.name) + getattr(theirs, entry.name)
-                setattr(mine, entry.name, total)
+            for name, traffic in theirs.items():
+                _add(mine.setdefault(name, GlobalTraffic()), traffic)
+
+
+def _sum(of_arguments: Mapping[str, GlobalTraffic]) -> GlobalTraffic:
+    total = GlobalTraffic()
+    for traffic in of_arguments.values():
+        _add(total, traffic)
+    return total
+
+
+def _add(mine: Any, theirs: Any) -> None:
+    for entry in fields(mine):
+        setattr(mine, entry.name, getattr(mine, entry.name) + getattr(theirs, entry.name))
 
 
 def _distinct(group: Array, value: Array) -> tuple[Array, Array]:

@@ -31,6 +31,7 @@ class LaunchRecord:
 
     Attributes:
         name: The kernel's name.
+        launch: What was launched.
         grid: How many blocks.
         executed: Instructions, counted once for each warp.
         counters: What was counted, or None if nothing was.
@@ -38,6 +39,7 @@ class LaunchRecord:
     """
 
     name: str
+    launch: Launch = field(repr=False)
     grid: tuple[int, ...]
     executed: int
     counters: Counters | None
@@ -135,7 +137,7 @@ class _Launcher:
             schedule=self._schedule,
             counters=counters,
         )
-        self._records.append(LaunchRecord(kernel.name, grid, executed, counters, compiled))
+        self._records.append(LaunchRecord(kernel.name, launch, grid, executed, counters, compiled))
 
 
 def _compile(launch: Launch, target: int) -> Any:

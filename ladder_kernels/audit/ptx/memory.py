@@ -7,6 +7,7 @@ argument (global), of the block (shared) or of the thread (local).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -160,6 +161,12 @@ class GlobalMemory(Memory):
             self.bytes[start : start + len(buffer.content)] = buffer.content
             self._valid[start : start + len(buffer.content)] = buffer.valid
             self._names += [(name, start + first, size) for name, first, size in buffer.names]
+        self._names.sort(key=lambda named: named[1])
+
+    def argument_at(self, address: int) -> str:
+        """The argument whose memory an address is in; of several, the one that begins last."""
+        after = bisect_right(self._names, address - self.base, key=lambda named: named[1])
+        return self._names[after - 1][0]
 
     def read_back(self, index: int, nbytes: int) -> Array:
         """The bytes of a buffer as they are now."""

@@ -1,5 +1,7 @@
 """Cross entropy of a linear head in Triton, without the ``[T, V]`` logits; see ``reference.py``.
 
+Here are the launchers, in ``gpu_forward.py`` and ``gpu_gradient.py`` the kernels.
+
 As in the reference, the vocabulary is swept once, a chunk of the head at a time, for a block of
 tokens at a time, and every logit is computed once, for the loss and for the gradient of ``hidden``.
 (To store only logsumexps and to compute logits again for the gradient, as attention does, costs a
@@ -37,12 +39,21 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops import _triton
 from ladder_kernels.ops._numeric import blocks
+from ladder_kernels.ops.linear_cross_entropy.gpu_forward import (
+    _linear_cross_entropy_combine_kernel,
+    _linear_cross_entropy_logits_kernel,
+)
+from ladder_kernels.ops.linear_cross_entropy.gpu_gradient import (
+    _linear_cross_entropy_change_kernel,
+    _linear_cross_entropy_expected_kernel,
+    _linear_cross_entropy_head_kernel,
+    _linear_cross_entropy_hidden_kernel,
+)
 from ladder_kernels.ops.linear_cross_entropy.reference import kept_tokens
 
 __all__ = ["TOKENS", "VOCABULARY", "head_grad", "linear_cross_entropy", "unsupported"]
@@ -79,8 +90,6 @@ _COMBINED = 32
 _GRADIENT = 1024
 _WARPS = 4
 
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-
 # A power of two that keeps small probabilities of float16 from vanishing; the largest is 1.
 _CHANGE_SCALE = 2.0**14
 
@@ -91,358 +100,6 @@ def unsupported(*args: object) -> str | None:
     return _triton.unsupported(*tensors, products=True) or _triton.without_matrix_units(
         tensors[0].device
     )
-
-
-@triton.jit
-def _tanh(x):
-    # The exact formula loses digits near zero, where the series has enough of them.
-    square = x * x
-    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
-    series = x + x * square * (-1.0 / 3.0 + square * series)
-    shrunk = tl.exp(-2.0 * tl.abs(x))
-    exact = (1.0 - shrunk) / (1.0 + shrunk)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -exact, exact))
-
-
-@triton.jit
-def _logits(
-    hidden,  # [T, D]
-    head,  # [rows, D]
-    tokens,  # [ROWS], of which those of is_token are read
-    is_token,
-    entries,  # [COLUMNS], of which those below rows are read
-    hidden_stride,
-    head_stride,
-    rows,
-    D,
-    softcap,
-    logit_scale,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """A tile of logits and their slopes dl/dz, ``[ROWS, COLUMNS]``, 0 and 1 where it reads none."""
-    MIXED: tl.constexpr = hidden.dtype.element_ty != head.dtype.element_ty
-    along = tl.arange(0, INNER)
-    at_hidden = hidden + tokens[:, None] * hidden_stride + along[None, :]
-    at_head = head + entries.to(tl.int64)[:, None] * head_stride + along[None, :]
-    is_entry = entries < rows
-    logits = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, D, INNER):
-        left = along < D - start
-        x = tl.load(at_hidden + start, mask=is_token[:, None] & left[None, :], other=0.0)
-        weight = tl.load(at_head + start, mask=is_entry[:, None] & left[None, :], other=0.0)
-        if MIXED:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        logits = tl.dot(x, tl.trans(weight), logits, input_precision="ieee")
-    logits *= logit_scale
-    slope = 1.0
-    if softcap is not None:
-        capped = _tanh(logits / softcap)
-        logits = capped * softcap
-        slope = 1.0 - capped * capped
-    return logits, slope
-
-
-@triton.jit
-def _linear_cross_entropy_logits_kernel(
-    hidden,  # [T, D]
-    head,  # [rows, D], the chunk that begins with row ``first``
-    labels,  # [T] int64
-    order,  # [T] int64, tokens that count come first
-    count,  # [] int64, how many count
-    at_label,  # [T] float32, the label's logit
-    highest,  # [tiles, block] float32, the maximum of each tile, the label apart
-    summed,  # [tiles, block] float32, sums of exp(l - highest)
-    share,  # [block, chunk], exp(l - highest) * slope, or None
-    hidden_stride,
-    head_stride,
-    share_stride,
-    begin,  # the block's first position in order
-    block,
-    first,
-    rows,
-    D,
-    softcap,
-    logit_scale,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    counted = tl.minimum(tl.load(count) - begin, block)
-    if tl.program_id(0) * ROWS >= counted:
-        return
-    is_token = positions < counted
-    tokens = tl.load(order + begin + positions, mask=is_token, other=0)
-    entries = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    logits, slope = _logits(
-        hidden,
-        head,
-        tokens,
-        is_token,
-        entries,
-        hidden_stride,
-        head_stride,
-        rows,
-        D,
-        softcap,
-        logit_scale,
-        ROWS,
-        COLUMNS,
-        INNER,
-    )
-    column = tl.load(labels + tokens, mask=is_token, other=-1) - first
-    own = column[:, None] == entries[None, :]
-    found = tl.sum(tl.where(own, logits, 0.0), 1)
-    here = column - tl.program_id(1) * COLUMNS
-    is_here = (here >= 0) & (here < COLUMNS) & (column < rows)
-    tl.store(at_label + tokens, found, mask=is_token & is_here)
-    logits = tl.where(own | (entries >= rows)[None, :], float("-inf"), logits)
-    # A tile may hold nothing but the label.
-    maximum = tl.maximum(tl.max(logits, 1), _LOWEST)
-    shares = tl.exp(logits - maximum[:, None])
-    at_tile = tl.program_id(1).to(tl.int64) * block + positions
-    tl.store(highest + at_tile, maximum, mask=is_token)
-    tl.store(summed + at_tile, tl.sum(shares, 1), mask=is_token)
-    if share is not None:
-        at_share = share + positions.to(tl.int64)[:, None] * share_stride + entries[None, :]
-        tl.store(
-            at_share,
-            (shares * slope).to(share.dtype.element_ty),
-            mask=is_token[:, None] & (entries < rows)[None, :],
-        )
-
-
-@triton.jit
-def _linear_cross_entropy_combine_kernel(
-    order,  # [T] int64
-    count,  # [] int64
-    highest,  # [tiles, block] float32; becomes each tile's factor
-    summed,  # [tiles, block] float32
-    maximum,  # [T] float32, updated
-    total,  # [T] float32, updated: the sum of exp(l - maximum), the label apart
-    shrink,  # [block] float32, the factor of what was summed before
-    begin,
-    block,
-    tiles,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    counted = tl.minimum(tl.load(count) - begin, block)
-    if tl.program_id(0) * ROWS >= counted:
-        return
-    is_token = positions < counted
-    tokens = tl.load(order + begin + positions, mask=is_token, other=0)
-    lines = tl.arange(0, TILES)
-    inside = (lines < tiles)[:, None] & is_token[None, :]
-    at_tile = lines.to(tl.int64)[:, None] * block + positions[None, :]
-    of_tiles = tl.load(highest + at_tile, mask=inside, other=_LOWEST)
-    sums = tl.load(summed + at_tile, mask=inside, other=0.0)
-    before = tl.load(maximum + tokens, mask=is_token, other=0.0)
-    after = tl.maximum(before, tl.max(of_tiles, 0))
-    factors = tl.exp(of_tiles - after[None, :])
-    shrunk = tl.exp(before - after)
-    whole = tl.load(total + tokens, mask=is_token, other=0.0) * shrunk + tl.sum(sums * factors, 0)
-    tl.store(highest + at_tile, factors, mask=inside)
-    tl.store(maximum + tokens, after, mask=is_token)
-    tl.store(total + tokens, whole, mask=is_token)
-    tl.store(shrink + positions, shrunk, mask=is_token)
-
-
-@triton.jit
-def _linear_cross_entropy_expected_kernel(
-    share,  # [block, chunk]
-    factor,  # [tiles, block] float32
-    shrink,  # [block] float32
-    head,  # [rows, D], the chunk that begins with row ``first``
-    labels,  # [T] int64
-    order,  # [T] int64
-    count,  # [] int64
-    expected,  # [block, D] float32, updated: the sum of exp(l - maximum) * s * head, label apart
-    label_rows,  # [block, D], where the label is in the chunk: its row of the head
-    share_stride,
-    head_stride,
-    begin,
-    block,
-    first,
-    rows,
-    D,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    MIXED: tl.constexpr = share.dtype.element_ty != head.dtype.element_ty
-    positions = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    counted = tl.minimum(tl.load(count) - begin, block)
-    if tl.program_id(0) * ROWS >= counted:
-        return
-    is_token = positions < counted
-    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    is_column = columns < D
-    along = tl.arange(0, INNER)
-    at_share = share + positions[:, None] * share_stride + along[None, :]
-    at_head = head + along.to(tl.int64)[:, None] * head_stride + columns[None, :]
-    summed = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rows, INNER):
-        left = along < rows - start
-        shares = tl.load(at_share, mask=is_token[:, None] & left[None, :], other=0.0)
-        weight = tl.load(at_head, mask=left[:, None] & is_column[None, :], other=0.0)
-        at_factor = factor + (start // TILE) * block + positions
-        scale = tl.load(at_factor, mask=is_token, other=0.0)
-        if MIXED:
-            weight = weight.to(tl.float32)
-        summed += tl.dot(shares, weight, input_precision="ieee") * scale[:, None]
-        at_share += INNER
-        at_head += INNER * head_stride
-    inside = is_token[:, None] & is_column[None, :]
-    at_sum = positions[:, None] * D + columns[None, :]
-    scale = tl.load(shrink + positions, mask=is_token, other=0.0)
-    summed += tl.load(expected + at_sum, mask=inside, other=0.0) * scale[:, None]
-    tl.store(expected + at_sum, summed, mask=inside)
-    tokens = tl.load(order + begin + positions, mask=is_token, other=0)
-    row = tl.load(labels + tokens, mask=is_token, other=-1) - first
-    inside = inside & ((row >= 0) & (row < rows))[:, None]
-    label_row = tl.load(head + row[:, None] * head_stride + columns[None, :], mask=inside)
-    tl.store(label_rows + at_sum, label_row, mask=inside)
-
-
-@triton.jit
-def _linear_cross_entropy_hidden_kernel(
-    expected,  # [block, D] float32
-    label_rows,  # [block, D]
-    maximum,  # [T] float32
-    total,  # [T] float32
-    at_label,  # [T] float32
-    order,  # [T] int64
-    count,  # [] int64
-    dhidden,  # [T, D], only tokens that count are written
-    begin,
-    D,
-    softcap,
-    logit_scale,
-    BLOCK: tl.constexpr,
-):
-    position = tl.program_id(0).to(tl.int64)
-    if position >= tl.load(count) - begin:
-        return
-    token = tl.load(order + begin + position)
-    own, before = tl.load(at_label + token), tl.load(maximum + token)
-    top = tl.maximum(before, own)
-    shrunk = tl.exp(before - top)
-    others = tl.load(total + token) * shrunk
-    whole = others + tl.exp(own - top)
-    slope = 1.0
-    if softcap is not None:
-        slope = 1.0 - (own / softcap) * (own / softcap)
-    expected_scale = logit_scale * (shrunk / whole)
-    label_scale = logit_scale * (others / whole) * slope
-    columns = tl.arange(0, BLOCK)
-    for start in range(0, D, BLOCK):
-        inside = columns < D - start
-        at = position * D + start + columns
-        found = tl.load(expected + at, mask=inside, other=0.0) * expected_scale
-        row = tl.load(label_rows + at, mask=inside, other=0.0).to(tl.float32)
-        found -= row * label_scale
-        at = dhidden + token * D + start + columns
-        tl.store(at, found.to(dhidden.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _linear_cross_entropy_change_kernel(
-    hidden,  # [T, D]
-    head,  # [rows, D], the chunk that begins with row ``first``
-    labels,  # [T] int64
-    order,  # [T] int64
-    count,  # [] int64
-    lse,  # [T] float32
-    scale,  # [T] float32, what each token's change is multiplied by
-    change,  # [T, chunk]
-    hidden_stride,
-    head_stride,
-    change_stride,
-    first,
-    rows,
-    D,
-    softcap,
-    logit_scale,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    counted = tl.load(count)
-    if tl.program_id(0) * ROWS >= counted:
-        return
-    is_token = positions < counted
-    tokens = tl.load(order + positions, mask=is_token, other=0)
-    entries = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    logits, slope = _logits(
-        hidden,
-        head,
-        tokens,
-        is_token,
-        entries,
-        hidden_stride,
-        head_stride,
-        rows,
-        D,
-        softcap,
-        logit_scale,
-        ROWS,
-        COLUMNS,
-        INNER,
-    )
-    logits = tl.where((entries < rows)[None, :], logits, float("-inf"))
-    column = tl.load(labels + tokens, mask=is_token, other=-1) - first
-    own = column[:, None] == entries[None, :]
-    shares = tl.exp(logits - tl.load(lse + tokens, mask=is_token, other=0.0)[:, None])
-    shares = tl.where(own, shares - 1.0, shares) * slope
-    shares *= tl.load(scale + tokens, mask=is_token, other=0.0)[:, None]
-    at_change = change + positions.to(tl.int64)[:, None] * change_stride + entries[None, :]
-    inside = is_token[:, None] & (entries < rows)[None, :]
-    tl.store(at_change, shares.to(change.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _linear_cross_entropy_head_kernel(
-    change,  # [T, chunk]
-    hidden,  # [T, D]
-    order,  # [T] int64
-    count,  # [] int64
-    unit,  # [] float32, what the products are multiplied by
-    dhead,  # [rows, D]
-    change_stride,
-    hidden_stride,
-    rows,
-    D,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    MIXED: tl.constexpr = change.dtype.element_ty != hidden.dtype.element_ty
-    entries = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    is_entry, is_column = entries < rows, columns < D
-    positions = tl.arange(0, INNER)
-    at_change = change + positions.to(tl.int64)[:, None] * change_stride + entries[None, :]
-    counted = tl.load(count).to(tl.int32)
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, counted, INNER):
-        left = positions < counted - start
-        changes = tl.load(at_change, mask=left[:, None] & is_entry[None, :], other=0.0)
-        tokens = tl.load(order + start + positions, mask=left, other=0)
-        at_hidden = hidden + tokens[:, None] * hidden_stride + columns[None, :]
-        x = tl.load(at_hidden, mask=left[:, None] & is_column[None, :], other=0.0)
-        if MIXED:
-            x = x.to(tl.float32)
-        product = tl.dot(tl.trans(changes), x, product, input_precision="ieee")
-        at_change += INNER * change_stride
-    product *= tl.load(unit)
-    at = dhead + entries[:, None] * D + columns[None, :]
-    tl.store(at, product.to(dhead.dtype.element_ty), mask=is_entry[:, None] & is_column[None, :])
 
 
 def linear_cross_entropy(

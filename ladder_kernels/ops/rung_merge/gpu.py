@@ -61,7 +61,7 @@ class _Tile:
 # RDNA has fewer registers. Modelled: nothing was timed. Forward blocks are small, or a micro-batch
 # of 2K tokens would not occupy a GPU.
 _FORWARD = {
-    False: {"": _Tile(64, 64, 64, 4, 4), "gfx1": _Tile(64, 32, 32, 4, 2)},
+    False: {"": _Tile(64, 64, 64, 4, 3), "gfx1": _Tile(64, 32, 32, 4, 2)},
     True: {"": _Tile(32, 32, 32, 4, 3)},
 }
 _PRODUCT = {
@@ -129,6 +129,9 @@ def _rung_merge_forward_kernel(
         if MIXED:
             product = tl.dot(wide, tl.trans(weight.to(tl.float32)), product, input_precision="ieee")
         else:
+            # Selected once more, or the compiler would read one tile of shared memory for the
+            # squares and for the product, laid out without regard to banks.
+            x = tl.where(left[None, :], x, 0.0)
             product = tl.dot(x, tl.trans(weight), product, input_precision="ieee")
     product *= tl.rsqrt(tl.sum(squares, 1) / D + eps)[:, None]
     inside = is_token[:, None] & is_channel[None, :]

@@ -44,6 +44,8 @@ def test_sectors(piece, step, width, shift, sectors, ideal, nbytes, store):
     assert (traffic.bytes, traffic.bytes_moved) == (nbytes, 32 * sectors)
     assert traffic.coalescing == ideal / sectors
     assert other.requests == 0
+    of_arguments = counters.stores_of if store else counters.loads_of
+    assert of_arguments == {"p0": traffic}
     assert counters.shared.requests == 0
 
 
@@ -87,6 +89,7 @@ def test_bank_conflicts(piece, step, width, wavefronts, conflicts, opcode):
     execute(kernel, [], (1,), warps=1, shared_bytes=8192, counters=counters)
     shared = counters.shared
     assert (shared.requests, shared.wavefronts, shared.conflicts) == (1, wavefronts, conflicts)
+    assert shared.slowdown == wavefronts / (wavefronts - conflicts)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +129,32 @@ def test_instructions_by_category(piece):
     assert counters.total == executed == 9 * warps
 
 
+def test_accesses_count_for_the_argument_whose_memory_they_touch(piece):
+    body = (
+        "ld.param.b64 %a0, [p0]; ld.param.b64 %a1, [p1]; mad.wide.u32 %a0, %t, 4, %a0; "
+        "mad.wide.u32 %a2, %t, 32, %a1; ld.global.b32 %r1, [%a0]; ld.global.b32 %r2, [%a2]; "
+        "st.global.b32 [%a0], %r2;"
+    )
+    counters = Counters()
+    arrays = {"near": np.zeros(32, np.uint32), "far": np.zeros(32 * 8, np.uint32)}
+    execute(piece(body, 2), arrays, (1,), warps=1, shared_bytes=0, counters=counters)
+    assert {name: each.sectors for name, each in counters.loads_of.items()} == {
+        "near": 4,
+        "far": 32,
+    }
+    assert {name: each.sectors for name, each in counters.stores_of.items()} == {"near": 4}
+    assert (counters.loads.sectors, counters.stores.sectors) == (36, 4)
+
+
 def test_launches_add_up(piece):
-    first, second = _global_access(piece, 4, 4), _global_access(piece, 32, 4)
+    first, second = _global_access(piece, 4, 4), _global_access(piece, 32, 4, store=True)
     total = Counters()
-    total.add(first)
-    total.add(second)
-    assert total.loads.sectors == 4 + 32
-    assert total.total == first.total + second.total
-    assert second.loads.sectors == 32
+    for each in (first, second, second):
+        total.add(each)
+    assert (total.loads.sectors, total.stores.sectors) == (4, 2 * 32)
+    assert total.total == first.total + 2 * second.total
+    assert second.stores.sectors == 32
+
+
+def test_nothing_counted_is_perfect():
+    assert (Counters().loads.coalescing, Counters().shared.slowdown) == (1, 1)
