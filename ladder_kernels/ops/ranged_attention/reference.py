@@ -86,12 +86,15 @@ def attend_under_mask(
     )
     if groups > 1 and not in_place:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    causal = mask is None
+    if q.shape[2] == 1:  # a branch: under a compiler, the comparison itself is no plain bool
+        causal = False
     return scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None and q.shape[2] > 1,
+        is_causal=causal,
         scale=scale,
         enable_gqa=groups > 1 and in_place,
     )
