@@ -11,9 +11,10 @@ shape-only form::
         ids = torch.zeros(1, 2048, dtype=torch.int64, device=device)
         model(ids, labels=ids).loss.backward()
 
-Where a GPU's result would depend on numbers, the largest is taken: a mask chooses every row. An
+Where the size of a result depends on numbers, it is the largest: a mask chooses every row. An
 attempt to read a number raises ``torch._subclasses.fake_tensor.DataDependentOutputException``: on a
-GPU, the host would wait there.
+GPU, the host would wait there. Attention masks, packed documents and sliding windows shorter than
+the text do so.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
 from ladder_kernels.errors import BackendError
 
 __all__ = ["fake_cuda"]
 
 _DEVICE_OF = torch.ops.prim.device.default
+_META, _GPU = torch.device("meta"), torch.device("cuda", 0)
 _FLASH_WIDEST = 256
 _STEP = 8
 
@@ -66,8 +67,13 @@ def fake_cuda() -> Iterator[torch.device]:
             "device guards; allowed are builds for CUDA, which need no GPU here, and for Linux and "
             "macOS"
         )
-    with _FakeCuda(), _GPUAttention(), torch.autograd.set_multithreading_enabled(False):
-        yield torch.device("cuda", 0)
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        torch.autograd.set_multithreading_enabled(False),
+        _FakeCuda(),
+    ):
+        library.impl("scaled_dot_product_attention", _attention, "AutogradCUDA")
+        yield _GPU
 
 
 class _FakeCuda(FakeTensorMode):
@@ -75,7 +81,7 @@ class _FakeCuda(FakeTensorMode):
 
     The engine asks the accelerator for its streams when it meets a tensor on one, and a PyTorch
     that was built without CUDA has no accelerator. To the engine, and to nobody else, tensors are
-    on the device "meta".
+    on the device "meta"; what its gradients want there belongs on the GPU.
     """
 
     def __init__(self) -> None:
@@ -83,28 +89,29 @@ class _FakeCuda(FakeTensorMode):
         self.fake_tensor_converter = _Forgetful()
         self._no_gpu = not torch.cuda.is_available()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is _DEVICE_OF and self._no_gpu and _engine_asks():
-            return torch.device("meta")
-        if func is torch.ops.aten.nonzero.default:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _DEVICE_OF and self._no_gpu and _asked_by_engine(func):
+            return _META
+        if kwargs.get("device") == _META and self._no_gpu and _asked_by_engine(func):
+            kwargs = {**kwargs, "device": _GPU}
+        if func in _IN_PLACE_OF:
             with self:
-                return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+                return _IN_PLACE_OF[func](*args, **kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Forgetful(FakeTensorConverter):
-    """Keeps no weak references to fresh tensors: ``Module.to`` refuses parameters that have some."""
+    """Keeps no weak references to fresh tensors: ``Module.to`` refuses parameters with some."""
 
     def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
         """Remember nothing; nobody asks for the tensor of a fresh one's shape."""
 
 
-def _engine_asks() -> bool:
-    """Whether it is the autograd engine, in C++, that asks for a tensor's device.
+def _asked_by_engine(func: Any) -> bool:
+    """Whether it is the autograd engine, or a gradient of its, that calls an operation from C++.
 
-    Then the first Python beneath the engine is the dispatch of that very question.
+    Then the first Python beneath the engine is the dispatch of that very call.
     """
     below, frame = None, sys._getframe(1)
     while frame is not None and frame.f_code is not _engine_run_backward.__code__:
@@ -112,9 +119,14 @@ def _engine_asks() -> bool:
     if frame is None or below is None:
         return False
     return any(
-        value is _DEVICE_OF or (type(value) is tuple and any(each is _DEVICE_OF for each in value))
+        value is func or (type(value) is tuple and any(each is func for each in value))
         for value in below.f_locals.values()
     )
+
+
+def _every_place(tensor: Tensor) -> Tensor:
+    """``tensor.nonzero()`` where nothing is zero."""
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
 
 
 def _register_device_guard() -> bool:
@@ -149,23 +161,6 @@ def _guards() -> Any:
     return None
 
 
-class _GPUAttention(TorchFunctionMode):
-    """Attention on a GPU's kernels, which PyTorch without a GPU would not choose.
-
-    The order is PyTorch's own: flash, which takes half precision and no mask; the memory-efficient
-    kernel; else scores in memory.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            found = _attention(*args, **(kwargs or {}))
-            if found is not None:
-                return found
-        return func(*args, **(kwargs or {}))
-
-
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -176,23 +171,28 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor | None:
-    """``F.scaled_dot_product_attention`` on a GPU; ``None`` where it has no kernel of its own."""
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` on a GPU's kernels, which no GPU is there to choose.
+
+    The order is PyTorch's own: flash, which takes half precision and no mask; the memory-efficient
+    kernel; else scores in memory.
+    """
     width = query.shape[-1]
-    one_width = key.shape[-1] == value.shape[-1] == width
-    if query.device.type != "cuda" or query.dim() != 4 or not one_width:
-        return None
     scale = width**-0.5 if scale is None else scale
+    usual = query.dim() == 4 and key.shape[-1] == value.shape[-1] == width
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if half and attn_mask is None and width <= _FLASH_WIDEST:
+    if usual and half and attn_mask is None and width <= _FLASH_WIDEST:
         missing = -width % _STEP
         if missing:
             query, key, value = (F.pad(each, (0, missing)) for each in (query, key, value))
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         out = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return out[..., :width] if missing else out
-    if query.dtype == torch.float64 or query.shape[1] != key.shape[1] or width % (8 if half else 4):
-        return None
+    aligned = query.dtype != torch.float64 and width % (8 if half else 4) == 0
+    if not usual or not aligned or query.shape[1] != key.shape[1]:
+        scores = torch.ops.aten._scaled_dot_product_attention_math
+        options = (attn_mask, dropout_p, is_causal)
+        return scores(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)[0]
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     bias = None if attn_mask is None else _bias(attn_mask, query, key)
@@ -206,3 +206,10 @@ def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     length = mask.shape[-1]
     mask = F.pad(mask, (0, -length % _STEP))[..., :length]
     return mask.expand(*query.shape[:3], key.shape[2])
+
+
+_IN_PLACE_OF = {
+    torch.ops.aten.nonzero.default: _every_place,
+    # Where there are no gradients; where there are, it is taken apart before a mode sees it.
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}

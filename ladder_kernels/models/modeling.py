@@ -53,6 +53,11 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
     ``parameters()``, so optimisers, distributed training and checkpoints deal with the ladder only.
     The ladder's parameters are float32 unless the model is cast.
 
+    ``model.ladder.compile(fullgraph=True)`` compiles the side pass, all that is trained below a
+    re-entry, with ``torch.compile``: one graph, forward and backward, and a second one when the
+    number of labelled tokens first changes. State dicts and checkpoints stay the same. Within it,
+    the backend of the gradients is the one in force where ``backward()`` is called.
+
     Args:
         config: See :class:`~ladder_kernels.models.config.LadderModelConfig`.
         backbone: The frozen model that ``config`` was made for.
@@ -456,7 +461,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         elif targets is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             select = (slice(None), _kept(logits_to_keep))
         y = self._top(input_ids, inputs_embeds, layout, cache, select)
-        if targets is not None:
+        if targets is not None and wanted is not None:
             loss = self._loss(y if select is not None else y[wanted], targets[wanted])
             # A step without any label has the loss 0, not NaN.
             count = max(1, wanted[0].numel()) if num_items_in_batch is None else num_items_in_batch
