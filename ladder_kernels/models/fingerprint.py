@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.nf4.quantize import has_values
 
 __all__ = ["combine", "digest_float", "digest_nf4"]
 
@@ -21,6 +22,9 @@ _CHUNK = 1 << 22
 
 
 def _update(digest: Any, tensor: torch.Tensor) -> None:
+    if not has_values(tensor):
+        digest.update(b"no values")
+        return
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK].cpu()
@@ -30,6 +34,9 @@ def _update(digest: Any, tensor: torch.Tensor) -> None:
 def digest_float(tensor: torch.Tensor) -> bytes:
     """sha256 of a float tensor's shape and values, widened to fp32."""
     digest = hashlib.sha256(repr(("float", tuple(tensor.shape))).encode())
+    if not has_values(tensor):
+        _update(digest, tensor)
+        return digest.digest()
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         _update(digest, flat[start : start + _CHUNK].float())

@@ -100,7 +100,7 @@ def _say_slower(model_type: str) -> None:
     )
 
 
-def _empty_model(config: Any) -> Any:
+def empty_model(config: Any) -> Any:
     """The transformers model without memory for its weights; its buffers are real."""
     # Fused attention kernels leave out gemma2's cap on the scores.
     capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -144,7 +144,7 @@ class HookedBackbone(Backbone):
         super().__init__(config, quantization=quantization, name_or_path=name_or_path)
         _say_slower(config.model_type)
         family = HOOKED[config.model_type]
-        model = _empty_model(config)
+        model = empty_model(config)
         self.prefix = model.base_model_prefix
         self.decoder: nn.Module = model.base_model
         embedding = model.get_input_embeddings()

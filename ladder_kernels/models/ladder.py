@@ -252,7 +252,7 @@ class Ladder(nn.Module):
         layout: SequenceLayout,
         cache: Any = None,
         cache_offset: int | None = None,
-        select: torch.Tensor | None = None,
+        select: Any = None,
     ) -> torch.Tensor:
         """Climb.
 
@@ -263,7 +263,8 @@ class Ladder(nn.Module):
             layout: Positions, padding and documents, the same as the frozen pass had.
             cache: A transformers ``Cache``, or ``None``.
             cache_offset: The cache's layer of the first rung with attention; default ``L``.
-            select: bool ``[B, S]``: compute the output for these ``n`` tokens only.
+            select: Index of ``[B, S]``, such as a mask's ``nonzero(as_tuple=True)``: compute the
+                output for these ``n`` tokens only.
 
         Returns:
             ``y``, ``[B, S, D]`` or with ``select`` ``[n, D]``, in the dtype of ``hidden``.

@@ -15,19 +15,33 @@ from transformers.models.auto.configuration_auto import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ladder_kernels.errors import CheckpointError, MissingFileError, UnsupportedModelError
+from ladder_kernels.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingFileError,
+    UnsupportedModelError,
+)
 from ladder_kernels.models.architecture import FAMILIES, Architecture
 from ladder_kernels.models.backbone import Backbone, Quantization
 from ladder_kernels.models.calibration import check_rows
 from ladder_kernels.models.gguf_source import GGUFSource
-from ladder_kernels.models.hooked_backbone import HOOKED, HookedBackbone
+from ladder_kernels.models.hooked_backbone import HOOKED, HookedBackbone, empty_model
 from ladder_kernels.models.native_backbone import NativeBackbone
-from ladder_kernels.models.sources import INDEX, SINGLE, ModuleSource, SafetensorsSource, read_json
+from ladder_kernels.models.sources import (
+    INDEX,
+    SINGLE,
+    EmptySource,
+    ModuleSource,
+    SafetensorsSource,
+    read_json,
+)
 from ladder_kernels.models.weights import TensorSource, WeightReader
+from ladder_kernels.nf4.quantize import has_values
 
 __all__ = [
     "SUPPORTED_HOOKED",
     "SUPPORTED_NATIVE",
+    "backbone_from_config",
     "backbone_from_transformers",
     "default_dtype",
     "load_backbone",
@@ -140,6 +154,49 @@ def backbone_from_transformers(
     settings = Quantization(blocksize, double_quant, quantize_head)
     name = str(getattr(model.config, "_name_or_path", ""))
     return _build(config, ModuleSource(model), settings, dtype, model.device, name)
+
+
+def backbone_from_config(
+    config: Any,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    quantize_head: bool = False,
+) -> Backbone:
+    """A backbone whose weights have shapes and no values, to trace what a model would do.
+
+    Args:
+        config: A transformers configuration of a causal language model.
+        device: "meta", or any device within ``FakeTensorMode``, such as that of
+            :func:`~ladder_kernels.memory.tracing.fake_cuda`.
+        dtype: Compute dtype.
+        blocksize: Weights that share a scale.
+        double_quant: Whether their scales are quantised too.
+        quantize_head: Whether the output head is quantised as well.
+
+    Returns:
+        The backbone. Its fingerprint is that of no other one.
+
+    Raises:
+        UnsupportedModelError: If the architecture is not supported.
+        ConfigError: If tensors on the device have values: the weights would be garbage.
+    """
+    place = torch.device(device)
+    if has_values(torch.empty(0, device=place)):
+        raise ConfigError(
+            f"device: found {str(place)!r}, where tensors have values; allowed are 'meta', and any "
+            "device within FakeTensorMode"
+        )
+    _check_model_type(config.model_type, config.to_dict())
+    if config.model_type in HOOKED:
+        parameters = empty_model(config).named_parameters(remove_duplicate=False)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+    else:
+        shapes = Architecture.of(config).shapes(tied=bool(config.tie_word_embeddings))
+    settings = Quantization(blocksize, double_quant, quantize_head)
+    return _build(config, EmptySource(shapes, place, dtype), settings, dtype, place, "")
 
 
 def _build(

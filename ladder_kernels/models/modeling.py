@@ -53,6 +53,11 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
     ``parameters()``, so optimisers, distributed training and checkpoints deal with the ladder only.
     The ladder's parameters are float32 unless the model is cast.
 
+    ``model.ladder.compile(fullgraph=True)`` compiles the side pass, all that is trained below a
+    re-entry, with ``torch.compile``: one graph, forward and backward, and a second one when the
+    number of labelled tokens first changes. State dicts and checkpoints stay the same. Within it,
+    the backend of the gradients is the one in force where ``backward()`` is called.
+
     Args:
         config: See :class:`~ladder_kernels.models.config.LadderModelConfig`.
         backbone: The frozen model that ``config`` was made for.
@@ -448,18 +453,19 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             return_logits = labels is None or self.config.return_logits
         targets = None if labels is None else self._targets(labels, layout)
         loss, logits = None, None
+        # Found once, and not where the mask is used: a compiled side pass takes places, no mask.
+        wanted = None if targets is None else (targets != _IGNORE).nonzero(as_tuple=True)
         select: Any = None
-        if not return_logits and targets is not None:
-            select = targets != _IGNORE
+        if not return_logits and wanted is not None:
+            select = wanted
         elif targets is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             select = (slice(None), _kept(logits_to_keep))
         y = self._top(input_ids, inputs_embeds, layout, cache, select)
-        if targets is not None:
-            wanted = targets != _IGNORE
+        if targets is not None and wanted is not None:
             loss = self._loss(y if select is not None else y[wanted], targets[wanted])
-            count = wanted.sum() if num_items_in_batch is None else num_items_in_batch
+            # A step without any label has the loss 0, not NaN.
+            count = max(1, wanted[0].numel()) if num_items_in_batch is None else num_items_in_batch
             if isinstance(count, torch.Tensor):
-                # A step without any label has the loss 0, not NaN.
                 count = count.to(loss.device).clamp(min=1)
             loss = loss / count
         if return_logits:

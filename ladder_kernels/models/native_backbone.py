@@ -194,7 +194,7 @@ class NativeBackbone(Backbone):
     ) -> None:
         super().__init__(config, quantization=quantization, name_or_path=name_or_path)
         self.architecture = architecture
-        self.rotary = Rotary(config, architecture.head_dim)
+        self.rotary = Rotary(config, architecture.head_dim).to(reader.device)
         tied = bool(config.tie_word_embeddings)
         self.register_buffer("embed", reader.tensor("model.embed_tokens.weight"), persistent=False)
         texts = None

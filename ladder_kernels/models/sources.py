@@ -16,7 +16,7 @@ from ladder_kernels.errors import CheckpointError, MissingFileError, Unsupported
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.checkpoint import from_state_dict, is_quantized, state_keys
 
-__all__ = ["ModuleSource", "SafetensorsSource", "read_json"]
+__all__ = ["EmptySource", "ModuleSource", "SafetensorsSource", "read_json"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -160,3 +160,31 @@ class ModuleSource:
             return parameter.detach().cpu()
         weight = NF4Weight.from_bitsandbytes(parameter.detach(), state).to("cpu")
         return replace(weight, **{key: value.clone() for key, value in weight.tensors().items()})
+
+
+class EmptySource:
+    """Tensors without values, for a model that is only traced.
+
+    Args:
+        shapes: Of every tensor, by name.
+        device: Where they are: "meta", or any device within ``FakeTensorMode``.
+        dtype: Of all of them.
+    """
+
+    prequantized = False
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.where = "a configuration"
+        self._shapes = shapes
+        self._device = device
+        self._dtype = dtype
+
+    def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
+        """Shape of every tensor by name."""
+        return self._shapes
+
+    def read(self, name: str) -> torch.Tensor | NF4Weight:
+        """One tensor."""
+        return torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)

@@ -15,6 +15,7 @@ from ladder_kernels.models.backbone import Quantization
 from ladder_kernels.models.calibration import LayerInputs
 from ladder_kernels.models.fingerprint import combine, digest_float, digest_nf4
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
+from ladder_kernels.nf4.quantize import has_values
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
 
 __all__ = ["TensorSource", "UnusedTensorsWarning", "WeightReader"]
@@ -136,6 +137,14 @@ class WeightReader:
 
     def _quantize(self, name: str, tensor: torch.Tensor, inputs: LayerInputs | None) -> NF4Weight:
         settings = self.quantization
+        if not has_values(tensor):
+            return NF4Weight.empty(
+                tuple(tensor.shape),
+                blocksize=settings.blocksize,
+                double_quant=settings.double_quant,
+                dtype=tensor.dtype,
+                device=tensor.device,
+            )
         if inputs is None:
             return quantize_nf4(tensor, settings.blocksize, settings.double_quant, name=name)
         tensor = inputs.target(tensor.to(self.device))

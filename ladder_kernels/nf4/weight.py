@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,41 @@ class NF4Weight:
                     f"{name} is on device {tensor.device}; it must be on {self.packed.device}, "
                     "as packed"
                 )
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, ...],
+        *,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> NF4Weight:
+        """Return a weight whose tensors are allocated and not filled.
+
+        Args:
+            shape: Logical shape.
+            blocksize: Elements that share a scale: 32, 64, ..., 4096.
+            double_quant: Whether the scales are themselves quantised.
+            dtype: What it dequantises to by default.
+            device: Where the tensors are; default PyTorch's.
+
+        Raises:
+            ConfigError: A blocksize that the format does not have.
+        """
+        check_blocksize(blocksize)
+        numel = math.prod(shape)
+        blocks = -(-numel // blocksize)
+
+        def tensor(*sizes: int, of: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=of, device=device)
+
+        packed = tensor((numel + 1) // 2, of=torch.uint8)
+        if not double_quant:
+            return cls(packed, tensor(blocks), shape, blocksize, dtype)
+        nested = tensor(-(-blocks // NESTED_BLOCKSIZE)), tensor(256), tensor()
+        return cls(packed, tensor(blocks, of=torch.uint8), shape, blocksize, dtype, *nested)
 
     @property
     def double_quant(self) -> bool:

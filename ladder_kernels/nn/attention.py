@@ -167,9 +167,10 @@ class SequenceLayout:
         # A document, or what is left of it after padding, begins; padding sees itself alone.
         begins = torch.ones_like(real)
         begins[:, 1:] = ~real[:, :-1] | (numbers[:, 1:] != numbers[:, :-1])
-        for starts, row, kept in zip(begins & real, numbers, real, strict=True):
-            if int(starts.sum()) > row[kept].unique().numel():
-                return False, None  # padding interrupts a document
+        if self.padding is not None:
+            for starts, row, kept in zip(begins & real, numbers, real, strict=True):
+                if int(starts.sum()) > row[kept].unique().numel():
+                    return False, None  # padding interrupts a document
         first = torch.where(begins | ~real, places, 0).cummax(-1).values[:, self.past_length :]
         if window is not None:
             first = first.maximum(places[:, self.past_length :] - (window - 1))

@@ -235,7 +235,7 @@ class TransformerBlock(MLPBlock):
         """See :meth:`SideBlock.forward`."""
         x = rms_norm(u, self.attention_norm, self.eps)
         q, k, v = (
-            projection(x).unflatten(-1, (self.shape.heads, self.shape.head_dim)).transpose(1, 2)
+            projection(x).view(*x.shape[:-1], self.shape.heads, self.shape.head_dim).transpose(1, 2)
             for projection in (self.q, self.k, self.v)
         )
         if rotary is not None:

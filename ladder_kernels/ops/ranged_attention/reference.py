@@ -31,6 +31,8 @@ def ranged_attention(
     past = k.shape[2] - q.shape[2]
     if first is None:
         out = attend_under_mask(q, k, v, _causal(q, past), scale)
+    elif torch.compiler.is_compiling():  # into a graph, which may not depend on numbers
+        out = attend_under_mask(q, k, v, _seen(first[:, None], k.shape[2]), scale)
     else:
         rows = [
             _row(q[b : b + 1], k[b : b + 1], v[b : b + 1], first[b], scale)
@@ -45,9 +47,7 @@ def _row(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float | None) ->
     past = k.shape[2] - q.shape[2]
     starts, lengths = first.unique_consecutive(return_counts=True)
     if starts.numel() * _SHORTEST_RUN > first.numel():
-        keys = torch.arange(k.shape[2], device=q.device)
-        places = keys[past:, None]
-        return attend_under_mask(q, k, v, (keys <= places) & (keys >= first[:, None]), scale)
+        return attend_under_mask(q, k, v, _seen(first, k.shape[2]), scale)
     pieces, begin = [], 0
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         end = begin + length
@@ -56,6 +56,13 @@ def _row(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float | None) ->
         pieces.append(attend_under_mask(queries, k[:, :, seen], v[:, :, seen], mask, scale))
         begin = end
     return torch.cat(pieces, dim=2)
+
+
+def _seen(first: Tensor, keys: int) -> Tensor:
+    """The mask ``[..., S, keys]`` of ranges that begin at ``first`` ``[..., S]``."""
+    places = torch.arange(keys, device=first.device)
+    last = places[keys - first.shape[-1] :, None]
+    return (places <= last) & (places >= first[..., None])
 
 
 def _causal(q: Tensor, past: int) -> Tensor | None:
@@ -86,12 +93,15 @@ def attend_under_mask(
     )
     if groups > 1 and not in_place:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    causal = mask is None
+    if q.shape[2] == 1:  # a branch: under a compiler, the comparison itself is no plain bool
+        causal = False
     return scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None and q.shape[2] > 1,
+        is_causal=causal,
         scale=scale,
         enable_gqa=groups > 1 and in_place,
     )
