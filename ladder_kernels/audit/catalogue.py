@@ -65,6 +65,7 @@ def _nf4(rows: int, columns: int) -> NF4Weight:
 def cases() -> Iterator[Case]:
     """Every case. Needs Triton."""
     yield from _nf4_cases()
+    yield from _int8_cases()
     yield from _rung_cases()
     yield from _side_cases()
     yield from _loss_cases()
@@ -118,6 +119,30 @@ def _nf4_cases() -> Iterator[Case]:
         name="nf4 dequantize 18944 x 3584",
         call=lambda: nf4.dequantize(_nf4(_INNER, _D), 0, _INNER * _D, torch.bfloat16),
     )
+
+
+def _int8_cases() -> Iterator[Case]:
+    from ladder_kernels.ops.nf4_linear_int8 import gpu as linear
+    from ladder_kernels.ops.nf4_swiglu_int8 import gpu as swiglu
+
+    for tokens in (1, 16, 128, _TOKENS):
+        x, inner = _tensor(tokens, _D), _tensor(tokens, _INNER)
+        yield Case(
+            name=f"nf4_linear_int8 q M={tokens}",
+            call=lambda x=x: _call(linear, "nf4_linear_int8", x, _nf4(_D, _D), _tensor(_D), x),
+        )
+        yield Case(
+            name=f"nf4_linear_int8 down M={tokens}",
+            call=lambda x=x, inner=inner: _call(
+                linear, "nf4_linear_int8", inner, _nf4(_D, _INNER), None, x
+            ),
+        )
+        yield Case(
+            name=f"nf4_swiglu_int8 M={tokens}",
+            call=lambda x=x: _call(
+                swiglu, "nf4_swiglu_int8", x, _nf4(_INNER, _D), _nf4(_INNER, _D)
+            ),
+        )
 
 
 def _rung_cases() -> Iterator[Case]:
@@ -228,6 +253,7 @@ class _Kernel:
 
     operations: Callable[[Launch], float] = _nothing
     turns: Callable[[Launch], float] = _once
+    int8: bool = False
 
 
 _DECODED = _product("M", "N", "K")
@@ -242,6 +268,11 @@ _KERNELS = {
     ),
     "_nf4_swiglu_join_kernel": _Kernel(),
     "_nf4_swiglu_backward_kernel": _Kernel(),
+    "_nf4_linear_int8_quantize_kernel": _Kernel(),
+    "_nf4_linear_int8_forward_kernel": _Kernel(_DECODED, _turns("share", "BLOCK_K"), int8=True),
+    "_nf4_swiglu_int8_forward_kernel": _Kernel(
+        _product("M", "N", "K", factor=4), _turns("K", "BLOCK_K"), int8=True
+    ),
     "_nf4_dequantize_kernel": _Kernel(),
     "_nf4_quantize_kernel": _Kernel(),
     "_rung_merge_forward_kernel": _Kernel(_product("T", "d", "D"), _turns("D", "WIDE")),
@@ -293,4 +324,5 @@ def work_of(launch: Launch) -> Work | None:
         operations=known.operations(launch),
         moved=sum(tensor.nbytes for tensor in tensors),
         trips=known.turns(launch),
+        int8=known.int8,
     )

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXACT",
+    "block_scales",
     "centroids",
     "decode",
     "decode_anywhere",
@@ -137,7 +138,7 @@ def log2(power: Any) -> Any:
 
 
 @triton.jit
-def _block_scales(
+def block_scales(
     absmax,  # [blocks] float32, or uint8 with double quantisation
     nested_absmax,  # [ceil(blocks / 256)] float32 or None
     nested_code,  # [256] float32 or None
@@ -170,7 +171,7 @@ def load_offset(
 @triton.jit
 def weight_tables(
     code,  # [16] float32: the centroids
-    absmax,  # as for _block_scales, the next three too
+    absmax,  # as for block_scales, the next three too
     nested_absmax,
     nested_code,
     offset,
@@ -198,7 +199,7 @@ def weight_tables(
         block_inside = inside[:, None]
         if not WHOLE:
             block_inside &= group * BLOCKSIZE < columns
-    scale = _block_scales(
+    scale = block_scales(
         absmax, nested_absmax, nested_code, offset, block, column >> log2(BLOCKSIZE), block_inside
     )
     if PERMUTE:
@@ -258,7 +259,7 @@ def decode(
 def decode_anywhere(
     code,  # [16] float32: the centroids
     packed,  # [ceil(numel / 2)] uint8
-    absmax,  # as for _block_scales, the next three too
+    absmax,  # as for block_scales, the next three too
     nested_absmax,
     nested_code,
     offset,
@@ -278,7 +279,7 @@ def decode_anywhere(
     pairs = tl.load(packed + element // 2, mask=there, other=0).to(tl.int32)
     index = tl.where((element & 1) == 0, pairs >> 4, pairs & 15)
     block = element // BLOCKSIZE
-    scale = _block_scales(absmax, nested_absmax, nested_code, offset, block, 0, there)
+    scale = block_scales(absmax, nested_absmax, nested_code, offset, block, 0, there)
     table = tl.broadcast_to(code[None, :], (ROWS, 16))
     return (tl.gather(table, index, 1) * scale).to(DTYPE)
 
@@ -287,7 +288,7 @@ def decode_anywhere(
 def weight_tile(
     code,  # [16] float32: the centroids
     packed,  # [ceil(numel / 2)] uint8
-    absmax,  # as for _block_scales, the next three too
+    absmax,  # as for block_scales, the next three too
     nested_absmax,
     nested_code,
     offset,

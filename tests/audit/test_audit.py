@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from ladder_kernels.ops.nf4_linear import gpu as linear
 from ladder_kernels.ops.nf4_linear.configurations import Configuration, look_up, using
 from tests.audit.kernels import _product_kernel, _scale_kernel
 
-EVERYWHERE = ("nf4_linear q M=16", "rung_merge gate", "rms_norm_backward")
+EVERYWHERE = ("nf4_linear q M=16", "nf4_swiglu_int8 M=128", "rung_merge gate", "rms_norm_backward")
 
 
 def _launches(target: str) -> dict[str, Any]:
@@ -46,6 +47,20 @@ def test_everything_for_one_target():
     for finding in products:
         parts = finding.seconds["RTX 3060"]
         assert max(parts, key=parts.__getitem__) == "matrix", finding.kernel
+
+
+@pytest.mark.parametrize("layer", ["q", "down"])
+def test_products_of_many_rows_take_less_time_in_int8(layer):
+    """Modelled, rounding of x included."""
+    names = [f"nf4_linear{kind} {layer} M=2048" for kind in ("", "_int8")]
+    chosen = [case for case in cases() if case.name in names]
+    for target in ("sm_86", "sm_89"):
+        times: dict[str, dict[str, float]] = {name: defaultdict(float) for name in names}
+        for finding in audit([TARGETS[target]], chosen):
+            for device, parts in finding.seconds.items():
+                times[finding.case][device] += max(parts.values())
+        for device, exact in times[names[0]].items():
+            assert exact > 1.7 * times[names[1]][device], device
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "sm_86"])

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from ladder_kernels import LadderConfig, LadderForCausalLM, ops
 from ladder_kernels.audit import executing, interpreting
 from ladder_kernels.models.loading import backbone_from_transformers
+from ladder_kernels.nn.attention import SequenceLayout
 
 CONFIGS = {
     "ladder": LadderConfig.lst(every=1, reduction=4),
@@ -90,3 +91,33 @@ def test_executed(make, name):
         scale = value.norm().clamp_min(1e-6)
         ours, theirs = ((each[key].float() - value).norm() / scale for each in (found, same))
         assert ours < 2 * theirs + 0.02, key
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "share"),
+    [(interpreting, torch.float32, 0.1), (executing, torch.bfloat16, 0.7)],
+    ids=["interpreted", "executed"],
+)
+def test_activations_in_int8(make, machine, dtype, share):
+    """The frozen pass takes the kernels, and is nearer to the reference than rounding moves it."""
+    backbone = backbone_from_transformers(
+        make("qwen2", num_hidden_layers=2), blocksize=32, dtype=dtype
+    )
+
+    def hidden(activations: str) -> torch.Tensor:
+        layout = SequenceLayout.build(*IDS.shape)
+        return backbone.frozen_pass(IDS, layout=layout, activations=activations).hidden.float()
+
+    with ops.use_backend("reference"):
+        exact, expected = hidden("exact"), hidden("int8")
+    with machine() as launches:
+        found = hidden("int8")
+    assert (found - expected).norm() < share * (expected - exact).norm()
+    if machine is executing:
+        names = {launch.name for launch in launches}
+        assert {
+            "_nf4_linear_int8_quantize_kernel",
+            "_nf4_linear_int8_forward_kernel",
+            "_nf4_swiglu_int8_forward_kernel",
+        } <= names
+        assert "_nf4_linear_forward_kernel" not in names

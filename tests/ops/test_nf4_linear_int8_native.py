@@ -13,20 +13,10 @@ from hypothesis import strategies as st
 from ladder_kernels import native, ops
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 from ladder_kernels.ops.nf4_linear_int8 import cpu, reference
+from tests.ops.int8_support import exactly
 
 ISAS = native.status().isas
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def exactly(x, weight, bias, residual):
-    """The reference's whole numbers and float32 scales, summed in float64."""
-    q, steps = reference.quantize_rows(x, weight.blocksize)
-    sums = reference.block_sums(
-        q, reference.codes_of_rows(weight, 0, weight.shape[0]), weight.blocksize
-    )
-    scales = reference.scales_of_rows(weight, 0, weight.shape[0]).double()
-    out = (sums.double() * scales * steps.double()[:, None]).sum(2) / 127
-    return out + bias.double() + residual.double()
 
 
 def check(assert_as_accurate, M, N, K, dtype, blocksize=64, double_quant=True, *, seed=0):

@@ -271,16 +271,22 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
 
 
+PRODUCTS = ("forward", "transposed", "gated", "int8", "gated_int8")
+
+
 def test_the_table_knows_every_call():
     for name, product, dtype, rows, numbers in itertools.product(
         (*ARCHITECTURES, *AMD),
-        ("forward", "transposed", "gated"),
+        PRODUCTS,
         (torch.float16, torch.bfloat16, torch.float32),
         (1, 2, 3, 16, 17, 64, 128, 2048, 1 << 20),
         (1 << 10, 1 << 24),
     ):
+        if name == "sm_75" and "int8" in product:
+            continue  # the operations say that they cannot run there
         row = configurations.look_up(name, product, dtype, rows, numbers)
         assert row.configuration.way != "rows" or product == "forward"
+        assert row.configuration.way == "fused" or "int8" not in product
         assert name in row.architectures
 
 
@@ -299,8 +305,10 @@ def test_every_row_of_the_table_is_reachable_and_says_what_it_rests_on():
     for row in configurations.TABLE:
         assert row.evidence in ("modelled", "measured")
     for name, product, dtype in itertools.product(
-        (*ARCHITECTURES, *AMD), ("forward", "transposed", "gated"), (torch.half, torch.float32)
+        (*ARCHITECTURES, *AMD), PRODUCTS, (torch.half, torch.float32)
     ):
+        if name == "sm_75" and "int8" in product:
+            continue
         for rows, numbers in itertools.product(
             (1, 3, 8, 16, 64, 128, 256, 999, 4000), (9, 1 << 24)
         ):
@@ -325,4 +333,5 @@ def test_a_forced_configuration_holds_inside_only():
         assert configurations.choose("transposed", x, weight).way != "rows"
         with using(CONFIGURATIONS["unpacked"]):
             assert configurations.choose("gated", x, weight).way == "unpacked"
+            assert configurations.choose("int8", x, weight).way == "fused"
     assert configurations.choose("forward", x, weight) == before

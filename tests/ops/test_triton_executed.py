@@ -19,6 +19,9 @@ from ladder_kernels.audit import executing
 from ladder_kernels.audit.audit import kernels
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 from ladder_kernels.ops.nf4_linear.configurations import Configuration, using
+from ladder_kernels.ops.nf4_linear_int8 import gpu as int8
+from ladder_kernels.ops.nf4_linear_int8 import reference
+from tests.ops.int8_support import exactly
 
 BF16, FP16 = torch.bfloat16, torch.float16
 RUNS = [
@@ -103,6 +106,44 @@ def test_nf4_swiglu(assert_as_accurate, machine, dtype, way):
         (y.detach(), dx), plain(dtype), plain(torch.float64), strict=True
     ):
         assert_as_accurate(actual, same, exact)
+
+
+INT8 = {
+    "tile": Configuration("fused", 32, 32, 64, num_warps=4, num_stages=3),
+    "split": Configuration("fused", 16, 32, 64, splits=2, num_warps=4, num_stages=2),
+}
+
+
+@pytest.fixture(params=["prmt", "portable"])
+def decoder(request, monkeypatch):
+    """How NVIDIA's GPUs decode nibbles to int8, and how others do."""
+    if request.param == "portable":
+        monkeypatch.setattr(int8, "takes_ptx", lambda device: False)
+
+
+@runs
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("way", INT8)
+def test_nf4_linear_int8(assert_as_accurate, machine, dtype, way):
+    weight = _weight(72, 320)
+    x, bias, residual = (_randn(*s, dtype=dtype) for s in ((37, 320), (72,), (37, 72)))
+    with executing(**machine) as launches, using(INT8[way]):
+        y = ops.nf4_linear_int8(x, weight, bias, residual)
+    assert len(launches) == (2 if way == "tile" else 3)
+    same = reference.nf4_linear_int8(x, weight, bias, residual)
+    assert_as_accurate(y, same, exactly(x, weight, bias, residual))
+
+
+@runs
+@pytest.mark.usefixtures("decoder")
+def test_nf4_swiglu_int8(assert_as_accurate, machine, dtype):
+    gate, up = _weight(40, 192), _weight(40, 192)
+    x = _randn(37, 192, dtype=dtype)
+    with executing(**machine), using(INT8["tile"]):
+        y = ops.nf4_swiglu_int8(x, gate, up)
+    with ops.use_backend("reference"):
+        same = ops.nf4_swiglu_int8(x, gate, up)
+    assert_as_accurate(y, same, silu(exactly(x, gate)) * exactly(x, up))
 
 
 @runs
@@ -261,6 +302,8 @@ def test_every_kernel_is_executed_by_these_tests():
                 x = _randn(17, 128, dtype=dtype).requires_grad_()
                 ops.nf4_linear(x, weight).sum().backward()
                 ops.nf4_swiglu(x, weight, weight).sum().backward()
+        ops.nf4_linear_int8(x.detach(), weight)
+        ops.nf4_swiglu_int8(x.detach(), weight, weight)
         side = _randn(8, 16, dtype=dtype).requires_grad_()
         gate = torch.rand(1).to(dtype).requires_grad_()
         down = _randn(16, 64, dtype=dtype).requires_grad_()

@@ -13,7 +13,7 @@ grows. Below the crossover the fused way is taken, which needs no workspace eith
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,8 +36,16 @@ __all__ = [
 ]
 
 Way = Literal["fused", "rows", "unpacked"]
-Product = Literal["forward", "transposed", "gated"]
-"""``x @ W^T``, ``grad @ W``, and the two products of a SwiGLU at once."""
+Product = Literal["forward", "transposed", "gated", "int8", "gated_int8"]
+"""``x @ W^T``, ``grad @ W``, the two products of a SwiGLU at once, and two of these in int8."""
+
+_WAYS: Mapping[Product, tuple[Way, ...]] = {
+    "forward": ("fused", "rows", "unpacked"),
+    "transposed": ("fused", "unpacked"),
+    "gated": ("fused", "unpacked"),
+    "int8": ("fused",),
+    "gated_int8": ("fused",),
+}
 
 WORKSPACE_BYTES = 64 << 20
 """What a dequantised piece of a weight may take, unless its least piece alone takes more."""
@@ -54,8 +62,8 @@ class Configuration:
         block_k: Columns of the weight, at a time; with the transposed product, all of a program's.
             A power of two, 32 or more.
         parts: How many such pieces of columns share their scales, if they lie in one block; not for
-            the transposed product.
-        splits: How many programs at most share one sum; not for the gated product.
+            the transposed product and those in int8.
+        splits: How many programs at most share one sum; not for the gated products.
         num_warps: Of a program.
         num_stages: Tiles that are being loaded at once.
         workspace_bytes: Unpacked only.
@@ -109,12 +117,15 @@ _MMA = (*_AMPERE, *_GEFORCE)
 _FUSING = (*_MMA, *_DATACENTER, *_AMD)
 # On sm_100 tiles of 64 rows spill.
 _SOME = (*_MMA, "sm_90", *_AMD)
+_NOT_RDNA = (*_MMA, *_DATACENTER, *_CDNA)
 _EVERY = (*_OLD, *_FUSING)
 
 _FORWARD: tuple[Product, ...] = ("forward",)
 _BACK: tuple[Product, ...] = ("transposed",)
 _GATED: tuple[Product, ...] = ("gated",)
 _ALL: tuple[Product, ...] = ("forward", "transposed", "gated")
+_INT8: tuple[Product, ...] = ("int8",)
+_GATED_INT8: tuple[Product, ...] = ("gated_int8",)
 
 # A weight of fewer numbers has too few tiles for all multiprocessors; sums are split more.
 _SMALL = 1 << 23
@@ -157,8 +168,20 @@ TABLE: tuple[Row, ...] = (
     Row(_AMD, _BACK, True, 256, None, _fused(128, 32, 64, 4, 2), "modelled"),
     Row(_AMD, _GATED, True, 256, None, _fused(128, 32, 32, 4, 2, 2), "modelled"),
     Row(_EVERY, _ALL, None, None, None, _UNPACKED, "modelled"),
+    # In int8, whatever the dtype of x: never unpacked, and never on GPUs without Triton's tensor
+    # cores. On RDNA tall tiles need more warps, or they spill.
+    Row(_FUSING, _INT8, None, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
+    Row(_FUSING, _INT8, None, 16, None, _fused(16, 128, 64, 4, 3, splits=4), "modelled"),
+    Row(_FUSING, _INT8, None, 64, None, _fused(64, 128, 64, 8, 3, splits=2), "modelled"),
+    Row(_NOT_RDNA, _INT8, None, 128, None, _fused(128, 64, 64, 4, 3, splits=2), "modelled"),
+    Row(_NOT_RDNA, _INT8, None, None, None, _fused(128, 64, 64, 4, 3), "modelled"),
+    Row(_RDNA, _INT8, None, None, None, _fused(128, 64, 64, 8, 2), "modelled"),
+    Row(_FUSING, _GATED_INT8, None, 16, None, _fused(16, 64, 64, 4, 3), "modelled"),
+    Row(_FUSING, _GATED_INT8, None, 64, None, _fused(64, 64, 64, 8, 3), "modelled"),
+    Row(_NOT_RDNA, _GATED_INT8, None, None, None, _fused(128, 32, 64, 4, 3), "modelled"),
+    Row(_RDNA, _GATED_INT8, None, None, None, _fused(128, 32, 64, 8, 2), "modelled"),
 )
-"""All rows, in the order in which they are tried; the last one fits everything."""
+"""All rows, in the order in which they are tried; the last of a product's fits everything."""
 
 # Finding the byte and the scale of each element takes registers and shared memory that the tiles
 # above do not leave.
@@ -172,7 +195,8 @@ _forced: ContextVar[Configuration | None] = ContextVar("ladder_kernels_nf4", def
 def using(configuration: Configuration) -> Iterator[None]:
     """Within it, products run so, whatever the table says: for tests, audits, benchmarks.
 
-    But for those that the way does not know: *rows* is for "forward" only.
+    But for those that the way does not know: *rows* is for "forward" only, and the products in int8
+    are *fused* only.
     """
     token = _forced.set(configuration)
     try:
@@ -188,7 +212,7 @@ def choose(product: Product, x: Tensor, weight: NF4Weight) -> Configuration:
     tile, many the unpacked way.
     """
     forced = _forced.get()
-    if forced is not None and (forced.way != "rows" or product == "forward"):
+    if forced is not None and forced.way in _WAYS[product]:
         return forced
     if weight.shape[1] % weight.blocksize:
         return _ANYWHERE if x.shape[0] <= _ANYWHERE_MOST_ROWS else _UNPACKED
@@ -219,7 +243,7 @@ def look_up(name: str, product: Product, dtype: torch.dtype, rows: int, numbers:
             and (row.most_numbers is None or numbers <= row.most_numbers)
         ):
             return row
-    raise AssertionError("the last row of the table fits everything")
+    raise AssertionError(f"the table has no row for {product} on {known}")
 
 
 def _nearest(name: str) -> str:

@@ -44,6 +44,7 @@ from ladder_kernels.ops._numeric import blocks
 from ladder_kernels.ops.nf4_linear.configurations import Configuration, choose
 
 __all__ = [
+    "add_splits",
     "adjacent",
     "nf4_linear",
     "nf4_linear_transposed",
@@ -427,19 +428,24 @@ def _run_fused(
         **EXACT,
     )
     if splits > 1:
-        _triton.launch(
-            _nf4_linear_sum_kernel,
-            (triton.cdiv(out.numel(), _SUM_ELEMENTS),),
-            target,
-            bias,
-            residual,
-            out,
-            splits,
-            out.numel(),
-            width,
-            stride,
-            BLOCK=_SUM_ELEMENTS,
-        )
+        add_splits(target, bias, residual, out)
+
+
+def add_splits(partial: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """Write the sum of partial sums ``[splits, M, N]``, and of what is added, to ``[M, N]``."""
+    _triton.launch(
+        _nf4_linear_sum_kernel,
+        (triton.cdiv(out.numel(), _SUM_ELEMENTS),),
+        partial,
+        bias,
+        residual,
+        out,
+        partial.shape[0],
+        out.numel(),
+        out.shape[1],
+        0 if residual is None else residual.stride(0),
+        BLOCK=_SUM_ELEMENTS,
+    )
 
 
 def _run_rows(

@@ -52,7 +52,7 @@ def unsupported(x: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def _silu(value):
+def silu(value):
     return value / (1.0 + tl.exp(-value))
 
 
@@ -204,7 +204,7 @@ def _nf4_swiglu_forward_kernel(
                 )
             gate = tl.dot(left, tl.trans(right), gate, input_precision="ieee")
             up = tl.dot(left, tl.trans(other), up, input_precision="ieee")
-    value = _silu(gate) * up
+    value = silu(gate) * up
     place = m.to(tl.int64)[:, None] * N + n[None, :]
     inside = m_inside[:, None] & n_inside[None, :]
     tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
@@ -222,7 +222,7 @@ def _nf4_swiglu_join_kernel(
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
-    value = _silu(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
+    value = silu(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
     value *= tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + place // n * y_stride + place % n, value.to(y.dtype.element_ty), mask=inside)
 
