@@ -28,6 +28,8 @@ _MAIN = (
     "nf4 dequantize 18944 x 3584",
     "rung_merge gate, two taps",
     "rung_merge_backward gate, two taps",
+    "side_mlp d=224",
+    "side_mlp_backward d=224",
     "linear_cross_entropy, NF4 head",
     "rms_norm with residual",
     "rotary",

@@ -54,6 +54,7 @@ def samples() -> Iterator[Case]:
     """Every sample. Needs Triton."""
     yield from _nf4_samples()
     yield from _rung_samples()
+    yield from _side_samples()
     yield from _loss_samples()
     yield from _rowwise_samples()
 
@@ -152,6 +153,28 @@ def _rung_samples() -> Iterator[Case]:
 
         yield Case(name=f"rung_merge {mode}, two taps", call=forward)
         yield Case(name=f"rung_merge_backward {mode}, two taps", call=backward)
+
+
+def _side_samples() -> Iterator[Case]:
+    from ladder_kernels.ops.side_mlp import gpu as mlp
+
+    m = 64
+    # Tokens of as many splits as the large call has: one, or some.
+    for d, T in ((36, 128), (72, 128), (224, 64)):
+
+        def operands(d: int = d, T: int = T) -> tuple[Any, ...]:
+            gate, up, down = _randn(m, d) / 8, _randn(m, d) / 8, _randn(d, m) / 8
+            return _randn(T, d), _randn(d), gate, up, down, 1e-6
+
+        def forward(operands: Callable[[], Any] = operands) -> None:
+            _supported(mlp, "side_mlp", *operands())
+
+        def backward(operands: Callable[[], Any] = operands) -> None:
+            given = operands()
+            _supported(mlp, "side_mlp_backward", given[0], *given, True, True, True)
+
+        yield Case(name=f"side_mlp d={d}", call=forward)
+        yield Case(name=f"side_mlp_backward d={d}", call=backward)
 
 
 def _loss_samples() -> Iterator[Case]:
