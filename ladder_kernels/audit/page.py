@@ -25,6 +25,8 @@ _MAIN = (
     "nf4_linear down M=2048",
     "nf4_linear_transposed down M=2048",
     "nf4_swiglu M=2048",
+    "nf4_linear_int8 down M=2048",
+    "nf4_swiglu_int8 M=2048",
     "nf4 dequantize 18944 x 3584",
     "rung_merge gate, two taps",
     "rung_merge_backward gate, two taps",

@@ -17,6 +17,7 @@ from ladder_kernels.audit.catalogue import Case
 from ladder_kernels.launch import host_target
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.quantize import NESTED_BLOCKSIZE
+from ladder_kernels.ops.nf4_linear.configurations import Product, look_up, using
 
 __all__ = ["samples"]
 
@@ -53,66 +54,75 @@ def _nf4(rows: int, columns: int) -> NF4Weight:
 def samples() -> Iterator[Case]:
     """Every sample. Needs Triton."""
     yield from _nf4_samples()
+    yield from _int8_samples()
     yield from _rung_samples()
     yield from _side_samples()
     yield from _loss_samples()
     yield from _rowwise_samples()
 
 
+def _sample(
+    name: str,
+    tokens: int,
+    product: Product,
+    numbers: int,
+    call: Callable[[int], Any],
+    *,
+    unsupported: Callable[[torch.Tensor], str | None] | None = None,
+) -> Case:
+    """As a call with so many tokens and a weight of so many numbers runs, where it does."""
+
+    def run() -> None:
+        if unsupported is not None and unsupported(_randn(1, _BLOCKSIZE)) is not None:
+            return
+        row = look_up(host_target(), product, torch.bfloat16, tokens, numbers)
+        with using(row.configuration):
+            call(min(tokens, _FEW))
+
+    return Case(name=f"{name} M={tokens}", call=run)
+
+
 def _nf4_samples() -> Iterator[Case]:
     from ladder_kernels.nf4 import gpu as nf4
     from ladder_kernels.ops.nf4_linear import gpu as linear
-    from ladder_kernels.ops.nf4_linear.configurations import Product, look_up, using
     from ladder_kernels.ops.nf4_swiglu import gpu as swiglu
 
-    def sample(
-        name: str, tokens: int, product: Product, numbers: int, call: Callable[[int], Any]
-    ) -> Case:
-        """As a call with so many tokens and a weight of so many numbers runs."""
-
-        def run() -> None:
-            row = look_up(host_target(), product, torch.bfloat16, tokens, numbers)
-            with using(row.configuration):
-                call(min(tokens, _FEW))
-
-        return Case(name=f"{name} M={tokens}", call=run)
-
     for tokens in _TOKENS:
-        yield sample(
+        yield _sample(
             "nf4_linear q", tokens, "forward", _D * _D,
             lambda M: linear.nf4_linear(
                 _randn(M, 1024), _nf4(128, 1024), _randn(128), _randn(M, 128)
             ),
         )  # fmt: skip
-        yield sample(
+        yield _sample(
             "nf4_linear k", tokens, "forward", _KEYS * _D,
             lambda M: linear.nf4_linear(_randn(M, 1024), _nf4(128, 1024), _randn(128)),
         )  # fmt: skip
-        yield sample(
+        yield _sample(
             "nf4_linear down", tokens, "forward", _D * _INNER,
             lambda M: linear.nf4_linear(_randn(M, 1024), _nf4(128, 1024), None, _randn(M, 128)),
         )  # fmt: skip
-        yield sample(
+        yield _sample(
             "nf4_linear_transposed down", tokens, "transposed", _D * _INNER,
             lambda M: linear.nf4_linear_transposed(_randn(M, 512), _nf4(512, 256)),
         )  # fmt: skip
-        yield sample(
+        yield _sample(
             "nf4_swiglu", tokens, "gated", _D * _INNER,
             lambda M: swiglu.nf4_swiglu(_randn(M, 512), _nf4(128, 512), _nf4(128, 512)),
         )  # fmt: skip
-    yield sample(
+    yield _sample(
         "nf4_swiglu_backward", _TOKENS[-1], "gated", _D * _INNER,
         lambda M: swiglu.nf4_swiglu_backward(
             _randn(M, 128), _randn(M, 512), _nf4(128, 512), _nf4(128, 512)
         ),
     )  # fmt: skip
     # The products within it, for some rows of x at a time.
-    yield sample(
+    yield _sample(
         "nf4_swiglu_backward, forward", _SLICE, "forward", _D * _INNER,
         lambda M: linear.nf4_linear(_randn(M, 512), _nf4(128, 512)),
     )  # fmt: skip
     for name, added in (("first", False), ("second", True)):
-        yield sample(
+        yield _sample(
             f"nf4_swiglu_backward, {name} transposed", _SLICE, "transposed", _D * _INNER,
             lambda M, added=added: linear.nf4_linear_transposed(
                 _randn(M, 512), _nf4(512, 256), _randn(M, 256) if added else None
@@ -123,6 +133,30 @@ def _nf4_samples() -> Iterator[Case]:
         name="nf4 dequantize",
         call=lambda: nf4.dequantize(_nf4(64, 256), 0, 64 * 256, torch.bfloat16),
     )
+
+
+def _int8_samples() -> Iterator[Case]:
+    from ladder_kernels.ops.nf4_linear_int8 import gpu as linear
+    from ladder_kernels.ops.nf4_swiglu_int8 import gpu as swiglu
+
+    # Columns enough for a program's share of a row that is rounded, rows for one tile of a weight.
+    K, N = 2304, 128
+    for tokens in _TOKENS:
+        yield _sample(
+            "nf4_linear_int8 q", tokens, "int8", _D * _D,
+            lambda M: linear.nf4_linear_int8(_randn(M, K), _nf4(N, K), _randn(N), _randn(M, N)),
+            unsupported=linear.unsupported,
+        )  # fmt: skip
+        yield _sample(
+            "nf4_linear_int8 down", tokens, "int8", _D * _INNER,
+            lambda M: linear.nf4_linear_int8(_randn(M, K), _nf4(N, K), None, _randn(M, N)),
+            unsupported=linear.unsupported,
+        )  # fmt: skip
+        yield _sample(
+            "nf4_swiglu_int8", tokens, "gated_int8", _D * _INNER,
+            lambda M: swiglu.nf4_swiglu_int8(_randn(M, K), _nf4(N, K), _nf4(N, K)),
+            unsupported=swiglu.unsupported,
+        )  # fmt: skip
 
 
 def _supported(module: Any, function: str, *args: Any) -> None:

@@ -19,7 +19,7 @@ GPUs of NVIDIA from sm_80 on (``cvt.rn`` of pairs), and results of 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,30 +30,59 @@ import triton.language as tl
 from ladder_kernels.launch import architecture, host
 from ladder_kernels.nf4.codebook import NF4_VALUES
 
-__all__ = ["can_permute", "permuted"]
+__all__ = ["can_permute", "permuted", "picked", "ptx_block", "selectors", "takes_ptx"]
 
 _FIRST = 80
 _WORDS = range(4)
 
 
+def takes_ptx(device: torch.device) -> bool:
+    """Whether kernels for a device may contain NVIDIA's assembly, which no interpreter knows."""
+    return host() != "interpreter" and architecture(device).startswith("sm_")
+
+
 def can_permute(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels can decode this way.
+    """Whether kernels can decode to numbers of 16 bits this way.
 
     Args:
         device: Where they run.
         dtype: Of the decoded numbers.
     """
-    name = architecture(device)
-    return (
-        host() != "interpreter"
-        and dtype in (torch.float16, torch.bfloat16)
-        and name.startswith("sm_")
-        and int(name.removeprefix("sm_")) >= _FIRST
-    )
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and takes_ptx(device) and int(architecture(device).removeprefix("sm_")) >= _FIRST
 
 
-def _block(lines: Iterator[str]) -> str:
+def ptx_block(lines: Iterable[str]) -> str:
+    """Return lines of PTX as a block, whose registers nobody else sees."""
     return "\n".join(("{", *lines, "}"))
+
+
+def selectors(word: str) -> Iterator[str]:
+    """Write what selects the bytes of the eight nibbles of a word, for :func:`picked`.
+
+    A selector's place among its bits says which byte it selects; the lowest three bits of a nibble
+    are one of the first eight's or of the last eight's, and the highest says of which.
+    """
+    yield ".reg .b32 entry<2>, side<2>, below, above;"
+    yield f"and.b32 entry0, {word}, 0x77777777;"
+    yield f"shr.b32 side0, {word}, 1;"
+    yield "and.b32 side0, side0, 0x44444444;"
+    yield "or.b32 side0, side0, 0x32103210;"
+    yield "shr.b32 entry1, entry0, 16;"
+    yield "shr.b32 side1, side0, 16;"
+
+
+def picked(out: str, table: Sequence[str], half: int) -> Iterator[str]:
+    """Write the look-up of four nibbles, the lowest in the lowest byte of the result.
+
+    Args:
+        out: Register of the result.
+        table: Four of four bytes each: registers or numbers.
+        half: Of the word: 0 is the lower one.
+    """
+    yield f"prmt.b32 below, {table[0]}, {table[1]}, entry{half};"
+    yield f"prmt.b32 above, {table[2]}, {table[3]}, entry{half};"
+    yield f"prmt.b32 {out}, below, above, side{half};"
 
 
 def _values(kind: str) -> Iterator[str]:
@@ -75,27 +104,20 @@ def _values(kind: str) -> Iterator[str]:
 
 def _numbers() -> Iterator[str]:
     """From a word ``$8`` and the bytes of its values ``$9`` to ``$16``: eight numbers ``$0`` on."""
-    yield ".reg .b32 entry<2>, side<2>, below, above, low, high, pair<4>;"
-    yield "and.b32 entry0, $8, 0x77777777;"
-    yield "shr.b32 side0, $8, 1;"
-    yield "and.b32 side0, side0, 0x44444444;"
-    yield "or.b32 side0, side0, 0x32103210;"
-    yield "shr.b32 entry1, entry0, 16;"
-    yield "shr.b32 side1, side0, 16;"
+    yield ".reg .b32 low, high, pair<4>;"
+    yield from selectors("$8")
     for half in range(2):
         for byte, first in (("low", 9), ("high", 13)):
-            yield f"prmt.b32 below, ${first}, ${first + 1}, entry{half};"
-            yield f"prmt.b32 above, ${first + 2}, ${first + 3}, entry{half};"
-            yield f"prmt.b32 {byte}, below, above, side{half};"
+            yield from picked(byte, [f"${first + i}" for i in range(4)], half)
         yield f"prmt.b32 pair{2 * half}, low, high, 0x4051;"
         yield f"prmt.b32 pair{2 * half + 1}, low, high, 0x6273;"
     for i in _WORDS:
         yield f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, pair{i};"
 
 
-_BF16_VALUES: Any = tl.constexpr(_block(_values("bf16")))
-_FP16_VALUES: Any = tl.constexpr(_block(_values("f16")))
-_NUMBERS: Any = tl.constexpr(_block(_numbers()))
+_BF16_VALUES: Any = tl.constexpr(ptx_block(_values("bf16")))
+_FP16_VALUES: Any = tl.constexpr(ptx_block(_values("f16")))
+_NUMBERS: Any = tl.constexpr(ptx_block(_numbers()))
 _VALUES_REGISTERS: Any = tl.constexpr(",".join(["=r"] * 8 + ["f"]))
 _NUMBERS_REGISTERS: Any = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 9))
 _EIGHT_INTEGERS: Any = tl.constexpr((tl.int32,) * 8)

@@ -354,8 +354,8 @@ def test_too_many_products_in_a_sum_are_noticed(broken):
     ("right", "wrong"),
     [
         ("prmt.b32 $0, first, second, 0x7531;", "prmt.b32 $0, first, second, 0x6420;"),
-        ("shr.b32 choice, $2, 1;", "shr.b32 choice, $2, 2;"),
-        ("prmt.b32 {out}, below, above, choice;", "prmt.b32 {out}, above, below, choice;"),
+        ('picked("first", _CODE_WORDS, 0)', 'picked("first", _CODE_WORDS, 1)'),
+        ("for start in range(0, 16, 4)]", "for start in (0, 4, 12, 8)]"),
     ],
 )
 def test_a_broken_decoder_is_noticed(assert_as_accurate, broken, right, wrong):

@@ -34,11 +34,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladder_kernels.launch import architecture, host
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4 import gpu as nf4
 from ladder_kernels.nf4.codebook import NF4_VALUES
 from ladder_kernels.nf4.gpu import EXACT, block_scales, load_offset, tensors
+from ladder_kernels.nf4.permute import picked, ptx_block, selectors, takes_ptx
 from ladder_kernels.ops import _triton
 from ladder_kernels.ops.nf4_linear.configurations import Configuration, choose
 from ladder_kernels.ops.nf4_linear.gpu import add_splits, adjacent
@@ -53,7 +53,6 @@ __all__ = [
     "next_steps",
     "nf4_linear_int8",
     "quantize_rows",
-    "takes_ptx",
     "unsupported",
     "weight_bytes",
 ]
@@ -95,37 +94,19 @@ _SHIFT_BITS = tl.constexpr(_bits(np.float32(1.5 * 2**23)))
 _LOWER, _UPPER = (tl.constexpr(_number(_CODES[start : start + 8])) for start in (0, 8))
 
 
-def _four(out: str) -> str:
-    """Four nibbles: as if each were below 8, as if none were, and a choice."""
-    words = [hex(_number(_CODES[start : start + 4])) for start in range(0, 16, 4)]
-    return f"""
-        prmt.b32 below, {words[0]}, {words[1]}, place;
-        prmt.b32 above, {words[2]}, {words[3]}, place;
-        prmt.b32 {out}, below, above, choice;
-    """
-
-
-# Four bytes to four numbers of their upper nibbles and four of their lower ones. What prmt selects
-# by are nibbles in a register's lower half, of which it takes three bits: those say which byte of
-# the first two tables, or of the last two, and the fourth bit says of which.
+_CODE_WORDS = [hex(_number(_CODES[start : start + 4])) for start in range(0, 16, 4)]
+# Four bytes to four numbers of their upper nibbles and four of their lower ones.
 _DECODE = tl.constexpr(
-    """{
-        .reg .b32 place, choice, below, above, first, second;
-        and.b32 place, $2, 0x77777777;
-        shr.b32 choice, $2, 1;
-        and.b32 choice, choice, 0x44444444;
-        or.b32 choice, choice, 0x32103210;
-    """
-    + _four("first")
-    + """
-        shr.b32 place, place, 16;
-        shr.b32 choice, choice, 16;
-    """
-    + _four("second")
-    + """
-        prmt.b32 $0, first, second, 0x7531;
-        prmt.b32 $1, first, second, 0x6420;
-    }"""
+    ptx_block(
+        (
+            ".reg .b32 first, second;",
+            *selectors("$2"),
+            *picked("first", _CODE_WORDS, 0),
+            *picked("second", _CODE_WORDS, 1),
+            "prmt.b32 $0, first, second, 0x7531;",
+            "prmt.b32 $1, first, second, 0x6420;",
+        )
+    )
 )
 
 
@@ -365,11 +346,6 @@ def _nf4_linear_int8_forward_kernel(
         acc += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     place = (split.to(tl.int64) * M + m)[:, None] * N + n[None, :]
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=inside)
-
-
-def takes_ptx(device: torch.device) -> bool:
-    """Whether kernels for a device may contain NVIDIA's assembly."""
-    return host() != "interpreter" and architecture(device).startswith("sm_")
 
 
 def columns_at_once(configuration: Configuration, weight: NF4Weight) -> int:
