@@ -246,10 +246,11 @@ def next_steps(
 def _of_block(
     pair,  # [ROWS, 2]
     block,  # one of the two
-):
+) -> tl.tensor:
     """Return that one's: [ROWS]."""
     both = tl.arange(0, 2)[None, :]
-    return tl.sum(tl.where(both == (block & 1), pair, 0.0), 1)
+    chosen = tl.where(both == (block & 1), pair, 0.0)
+    return tl.sum(chosen, 1)  # pyright: ignore[reportReturnType]
 
 
 @triton.jit
