@@ -47,8 +47,9 @@ Every launch of a 7B model's training step (Qwen2.5-7B's shapes, 2,048 tokens, a
 sixteenth of its width, bfloat16) was **compiled** for every target below, without a GPU, and its
 machine code read. A few programs of every kernel were **executed**: the PTX compiled for {host}
 ran on a CPU, in numpy, which counts what a hardware profiler counts. Times are **modelled**.
-Nothing on this page was measured on a GPU. Written by `{command}`, which takes ten minutes or so
-on two cores; `ladder-kernels audit --json` and `--execute --json` give the same as data.
+Nothing on this page was measured on a GPU. Written by `{command}`,
+which takes two to four minutes a target on two busy cores; `ladder-kernels audit --json` and
+`ladder-kernels audit --execute --json` give the same as data.
 
 {faults}
 
