@@ -140,24 +140,24 @@ def kernels() -> dict[str, object]:
 
     They are in the modules ``gpu`` and ``gpu_...`` of the format and of each operation.
     """
-    from triton.runtime.jit import JITFunction
-
     packages: list[Any] = [nf4]
     packages += [
         importlib.import_module(f"{ops.__name__}.{module.name}")
         for module in pkgutil.iter_modules(ops.__path__)
         if module.ispkg
     ]
-    return {
-        f"{value.__module__}.{attribute}": value
-        for package in packages
-        for module in pkgutil.iter_modules(package.__path__)
-        if module.name == "gpu" or module.name.startswith("gpu_")
-        for attribute, value in vars(
-            importlib.import_module(f"{package.__name__}.{module.name}")
-        ).items()
-        if isinstance(value, JITFunction) and attribute.endswith("_kernel")
-    }
+    return {name: kernel for package in packages for name, kernel in _kernels_of(package)}
+
+
+def _kernels_of(package: Any) -> Iterator[tuple[str, object]]:
+    from triton.runtime.jit import JITFunction
+
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name == "gpu" or module.name.startswith("gpu_"):
+            found = vars(importlib.import_module(f"{package.__name__}.{module.name}"))
+            for attribute, value in found.items():
+                if isinstance(value, JITFunction) and attribute.endswith("_kernel"):
+                    yield f"{value.__module__}.{attribute}", value
 
 
 def unaudited(findings: Sequence[Finding]) -> list[str]:

@@ -145,19 +145,17 @@ def test_kernels_in_parts_of_a_module_are_found(monkeypatch, tmp_path):
         "import triton\n\n\n@triton.jit\ndef _{0}_kernel(x):\n    pass\n\n\n"
         "@triton.jit\ndef _{0}_part(x):\n    pass\n"
     )
+    folder = tmp_path / "an_op"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
     for name in ("gpu", "gpu_more", "cpu"):
-        (tmp_path / f"{name}.py").write_text(source.format(name))
-        monkeypatch.delitem(sys.modules, f"ladder_kernels.ops.rms_norm.{name}", raising=False)
-    before = set(kernels())
-    package = importlib.import_module("ladder_kernels.ops.rms_norm")
-    for name in ("gpu", "gpu_more", "cpu"):
-        monkeypatch.delitem(sys.modules, f"ladder_kernels.ops.rms_norm.{name}", raising=False)
-    monkeypatch.setattr(package, "__path__", [str(tmp_path)])
-    found = set(kernels())
-    for name in ("gpu", "gpu_more"):
-        assert f"ladder_kernels.ops.rms_norm.{name}._{name}_kernel" in found - before
-        sys.modules.pop(f"ladder_kernels.ops.rms_norm.{name}")
-    assert not any(".cpu." in name or name.endswith("_part") for name in found)
+        (folder / f"{name}.py").write_text(source.format(name))
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("an_op")
+    found = {name for name, _ in module._kernels_of(package)}
+    for name in ("an_op", "an_op.gpu", "an_op.gpu_more"):
+        sys.modules.pop(name)
+    assert found == {"an_op.gpu._gpu_kernel", "an_op.gpu_more._gpu_more_kernel"}
 
 
 def test_forgotten_kernels_are_named():
