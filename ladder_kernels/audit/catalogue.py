@@ -27,7 +27,7 @@ _D, _INNER, _KEYS, _VOCABULARY = 3584, 18944, 512, 152064
 _HEADS, _KEY_HEADS, _HEAD = 28, 4, 128
 _NARROW = _D // 16
 _NARROW_INNER = _INNER // 16
-_TOKENS = 2048
+_TOKENS, _MANY_TOKENS = 2048, 8192
 _BLOCKSIZE = 64
 
 
@@ -105,6 +105,12 @@ def _nf4_cases() -> Iterator[Case]:
             name=f"nf4_swiglu M={tokens}",
             call=lambda x=x: swiglu.nf4_swiglu(x, _nf4(_INNER, _D), _nf4(_INNER, _D)),
         )
+    # More tokens than any target fuses this for.
+    many = _tensor(_MANY_TOKENS, _D)
+    yield Case(
+        name=f"nf4_swiglu M={_MANY_TOKENS}",
+        call=lambda: swiglu.nf4_swiglu(many, _nf4(_INNER, _D), _nf4(_INNER, _D)),
+    )
     yield Case(
         name=f"nf4_swiglu_backward M={_TOKENS}",
         call=lambda: swiglu.nf4_swiglu_backward(

@@ -28,6 +28,7 @@ _HEADS, _KEY_HEADS, _HEAD = 28, 4, 128
 # Tokens of the calls that samples stand for, and the most that they take themselves.
 _TOKENS = (1, 16, 128, 2048)
 _FEW = 256
+_MANY_TOKENS = 8192
 # Rows of x that the gradient of a SwiGLU takes at a time.
 _SLICE = 768
 
@@ -106,6 +107,7 @@ def _nf4_samples() -> Iterator[Case]:
             "nf4_linear_transposed down", tokens, "transposed", _D * _INNER,
             lambda M: linear.nf4_linear_transposed(_randn(M, 512), _nf4(512, 256)),
         )  # fmt: skip
+    for tokens in (*_TOKENS, _MANY_TOKENS):
         yield _sample(
             "nf4_swiglu", tokens, "gated", _D * _INNER,
             lambda M: swiglu.nf4_swiglu(_randn(M, 512), _nf4(128, 512), _nf4(128, 512)),

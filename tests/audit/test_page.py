@@ -80,8 +80,8 @@ def test_page(findings, executions):
     # Four arrays of 2,048 rows of 3,584 numbers of two bytes at 360 GB a second, and the weight.
     assert short[1] == "163, memory"
     assert short[2:] == [""] * 5
-    unpacked = _line(text, "## In short", "nf4_linear_transposed down M=2048")
-    assert unpacked[1].endswith("memory †")
+    fused = _line(text, "## In short", "nf4_linear_transposed down M=2048")
+    assert fused[1].endswith(", matrix")
     assert "M=16" not in text.split("## Every target")[0]
     times = _line(text, "## Modelled times", "rung_merge sum", "_rung_merge_forward_kernel")
     assert times[2:4] == ["2", "matrix"]
@@ -99,6 +99,12 @@ def test_page(findings, executions):
     assert every[1] == f"{code[2]} / 0"
     one = page([f for f in findings if f.target == "sm_86"], executions)
     assert _line(one, "## Every target", "_rung_merge_forward_kernel")[1:] == ["168 / 40"]
+
+
+def test_unpacked_products_are_marked():
+    chosen = [case for case in cases() if case.name == "nf4_linear_transposed down M=2048"]
+    text = page(list(audit([TARGETS["sm_80"]], chosen)), [])
+    assert _line(text, "## In short", chosen[0].name)[5].endswith("memory †")
 
 
 def test_faults_stand_on_the_page(findings, executions):
