@@ -48,7 +48,7 @@ sixteenth of its width, bfloat16) was **compiled** for every target below, witho
 machine code read. A few programs of every kernel were **executed**: the PTX compiled for {host}
 ran on a CPU, in numpy, which counts what a hardware profiler counts. Times are **modelled**.
 Nothing on this page was measured on a GPU. Written by `{command}`,
-which takes two to four minutes a target on two busy cores; `ladder-kernels audit --json` and
+which takes about a minute a target on two busy cores; `ladder-kernels audit --json` and
 `ladder-kernels audit --execute --json` give the same as data.
 
 {faults}
