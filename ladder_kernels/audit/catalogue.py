@@ -17,7 +17,6 @@ import torch
 from ladder_kernels.audit.launches import Launch
 from ladder_kernels.audit.model import Work
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.nf4.quantize import NESTED_BLOCKSIZE
 
 __all__ = ["Case", "cases", "work_of"]
 
@@ -49,17 +48,7 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _nf4(rows: int, columns: int) -> NF4Weight:
-    blocks = rows * columns // _BLOCKSIZE
-    return NF4Weight(
-        packed=_tensor(rows * columns // 2, dtype=torch.uint8),
-        absmax=_tensor(blocks, dtype=torch.uint8),
-        shape=(rows, columns),
-        blocksize=_BLOCKSIZE,
-        dtype=torch.bfloat16,
-        nested_absmax=_tensor(math.ceil(blocks / NESTED_BLOCKSIZE), dtype=torch.float32),
-        nested_code=_tensor(256, dtype=torch.float32),
-        nested_offset=_tensor(dtype=torch.float32),
-    )
+    return NF4Weight.empty((rows, columns), blocksize=_BLOCKSIZE, device="meta")
 
 
 def cases() -> Iterator[Case]:

@@ -16,7 +16,6 @@ import torch
 from ladder_kernels.audit.catalogue import Case
 from ladder_kernels.launch import host_target
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.nf4.quantize import NESTED_BLOCKSIZE
 from ladder_kernels.ops.nf4_linear.configurations import Product, look_up, using
 
 __all__ = ["samples"]
@@ -39,17 +38,14 @@ def _randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def _nf4(rows: int, columns: int) -> NF4Weight:
     """Any bits are a weight; with double quantisation, scales of about 0.05."""
-    blocks = rows * columns // _BLOCKSIZE
-    return NF4Weight(
-        packed=torch.randint(256, (rows * columns // 2,), dtype=torch.uint8),
-        absmax=torch.randint(256, (blocks,), dtype=torch.uint8),
-        shape=(rows, columns),
-        blocksize=_BLOCKSIZE,
-        dtype=torch.bfloat16,
-        nested_absmax=torch.full((-(-blocks // NESTED_BLOCKSIZE),), 0.02),
-        nested_code=torch.linspace(-1, 1, 256),
-        nested_offset=torch.tensor(0.05),
-    )
+    weight = NF4Weight.empty((rows, columns), blocksize=_BLOCKSIZE)
+    tensors = weight.tensors()
+    for name in ("packed", "absmax"):
+        tensors[name].random_(256)
+    tensors["nested_absmax"].fill_(0.02)
+    torch.linspace(-1, 1, 256, out=tensors["nested_code"])
+    tensors["nested_offset"].fill_(0.05)
+    return weight
 
 
 def samples() -> Iterator[Case]:

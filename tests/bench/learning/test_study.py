@@ -18,7 +18,7 @@ from bench.learning.judge import mean_loss
 from bench.learning.methods import METHODS, method_of
 from bench.learning.report import markdown, slope, write
 from bench.learning.results import append, claimed, read
-from bench.learning.studies import STUDIES
+from bench.learning.studies import COST, PEFT, QLORA_STEPS, STUDIES
 from bench.learning.tasks import TASKS, load_task
 from bench.learning.trial import Result, Trial, run_trial
 from ladder_kernels import LadderConfig, LadderForCausalLM
@@ -206,3 +206,10 @@ def test_the_whole_model_tells_packed_documents_apart_as_ours_does():
 def test_the_whole_model_is_trained_from_the_float_base_only():
     with pytest.raises(ValueError, match="begins with the base 'float', not 'calibrated'"):
         run_trial(replace(TRIAL, method=FULL, steps=1))
+
+
+def test_a_trial_fills_the_time_that_peft_takes():
+    one, whole = COST["re-entry 1/2 + r16"], QLORA_STEPS["docstrings"] * COST[PEFT]
+    trials = [t for t in STUDIES["docstrings"]() if t.method == "re-entry 1/2 + r16"]
+    seeds = {t.seed for t in trials if t.steps * one <= whole < (t.steps + 1) * one}
+    assert seeds == {0, 1, 2}
