@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import NF4Linear
 from ladder_kernels.ops import nf4_linear
 
-__all__ = ["Backbone", "FrozenPass", "Quantization"]
+__all__ = ["Backbone", "FrozenInput", "FrozenPass", "Quantization", "Work"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,34 @@ class Quantization:
     double_quant: bool = True
     quantize_head: bool = False
     calibrated: bool = False
+
+
+@dataclass(frozen=True)
+class FrozenInput:
+    """One micro-batch of a frozen pass.
+
+    Attributes:
+        tokens: Ids, int64 ``[B, S]``, or embeddings ``[B, S, D]``, whose gradient is not taken.
+        layout: Positions, padding and documents of the batch.
+        cache: A transformers ``Cache``, or ``None``; layer ``i`` of the backbone uses its layer
+            ``i``.
+    """
+
+    tokens: torch.Tensor
+    layout: SequenceLayout
+    cache: Any = None
+
+
+@dataclass(frozen=True)
+class Work(FrozenInput):
+    """One micro-batch on its way through the layers.
+
+    Attributes:
+        emit: Called with ``t`` and ``h[t]``, ``[B, S, D]``, after each layer. It copies what it
+            needs, so ``h`` may be overwritten afterwards.
+    """
+
+    emit: Callable[[int, torch.Tensor], None] = field(kw_only=True)
 
 
 @dataclass
@@ -110,18 +138,11 @@ class Backbone(nn.Module):
         """The output head ``[V, D]``: in the compute dtype, or NF4."""
 
     @abstractmethod
-    def _run(
-        self,
-        tokens: torch.Tensor,
-        layout: SequenceLayout,
-        cache: Any,
-        emit: Callable[[int, torch.Tensor], None],
-        stop: int,
-    ) -> None:
-        """Run the first ``stop`` layers and call ``emit(t, h[t])`` for ``t`` in ``0..stop``.
+    def _run(self, works: Sequence[Work], stop: int) -> None:
+        """Run the first ``stop`` layers, each over all works before the next.
 
-        ``tokens`` are ids ``[B, S]``, or embeddings ``[B, S, D]`` in the compute dtype.
-        ``emit`` copies what it needs, so ``h`` may be overwritten afterwards.
+        Each work's ``emit`` gets ``h[t]`` for ``t`` in ``0..stop``. Tokens are on the device,
+        embeddings among them in the compute dtype.
         """
 
     @abstractmethod
@@ -310,37 +331,85 @@ class Backbone(nn.Module):
             ConfigError: If not exactly one input is given, a shape does not fit the layout, or a
                 tap layer does not exist.
         """
-        stop = self.num_layers if stop is None else stop
-        tokens = input_ids if inputs_embeds is None else inputs_embeds.to(self.dtype)
-        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
-        if tuple(tokens.shape[:2]) != (layout.batch, layout.length):
-            raise ConfigError(
-                f"the inputs have shape {list(tokens.shape)}, the layout is for "
-                f"[{layout.batch}, {layout.length}]"
-            )
+        tokens = inputs_embeds if input_ids is None else input_ids
+        given = FrozenInput(tokens, layout, cache)  # type: ignore[arg-type]
+        options = {"tap_layers": tap_layers, "tap_dtype": tap_dtype, "stop": stop}
+        return self.frozen_passes([given], activations=activations, **options)[0]
+
+    def frozen_passes(
+        self,
+        inputs: Sequence[FrozenInput],
+        *,
+        tap_layers: Collection[int] = (),
+        tap_dtype: torch.dtype | None = None,
+        activations: str = "exact",
+        stop: int | None = None,
+    ) -> list[FrozenPass]:
+        """Run several micro-batches together: each layer is taken up once, for all of them.
+
+        Args:
+            inputs: The micro-batches.
+            tap_layers: As for :meth:`frozen_pass`, and so are the others.
+            tap_dtype: Dtype of the taps.
+            activations: How quantised layers take their inputs.
+            stop: Run this many layers only.
+
+        Returns:
+            What :meth:`frozen_pass` gives, for each micro-batch.
+
+        Raises:
+            ConfigError: If a shape does not fit its layout, or a tap layer does not exist.
+        """
+        stop = self.num_layers if stop is None else stop
         for layer in tap_layers:
             if not 0 <= layer <= stop:
                 raise ConfigError(f"tap layer {layer} does not exist; allowed are 0 to {stop}")
-
-        # Allocated outside inference mode: autograd refuses to save inference tensors.
-        shape = (layout.batch, layout.length, self.hidden_size)
-        hidden = torch.empty(shape, dtype=self.dtype, device=self.device)
-        taps = {
-            layer: torch.empty(shape, dtype=tap_dtype or self.dtype, device=self.device)
-            for layer in sorted(set(tap_layers))
-        }
-
-        def emit(layer: int, state: torch.Tensor) -> None:
-            if layer in taps:
-                taps[layer].copy_(state)
-            if layer == stop:
-                hidden.copy_(state)
-
+        for given in inputs:
+            layout = given.layout
+            if tuple(given.tokens.shape[:2]) != (layout.batch, layout.length):
+                raise ConfigError(
+                    f"the inputs have shape {list(given.tokens.shape)}, the layout is for "
+                    f"[{layout.batch}, {layout.length}]"
+                )
+        kept, works = [], []
+        for given in inputs:
+            taps = self._empty_pass(given.layout, tap_layers, tap_dtype)
+            kept.append(taps)
+            works.append(self._work(given, taps, stop))
         self._round_below(stop if activations == "int8" else 0)
         with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
-            self._run(tokens, layout.to(self.device), cache, emit, stop)
-        return FrozenPass(taps=taps, hidden=hidden)
+            self._run(works, stop)
+        return kept
+
+    def _empty_pass(
+        self, layout: SequenceLayout, tap_layers: Collection[int], tap_dtype: torch.dtype | None
+    ) -> FrozenPass:
+        """Room for what a frozen pass keeps.
+
+        Allocated outside inference mode: autograd refuses to save inference tensors.
+        """
+        shape = (layout.batch, layout.length, self.hidden_size)
+        return FrozenPass(
+            taps={
+                layer: torch.empty(shape, dtype=tap_dtype or self.dtype, device=self.device)
+                for layer in sorted(set(tap_layers))
+            },
+            hidden=torch.empty(shape, dtype=self.dtype, device=self.device),
+        )
+
+    def _work(self, given: FrozenInput, kept: FrozenPass, stop: int) -> Work:
+        def emit(layer: int, state: torch.Tensor) -> None:
+            if layer in kept.taps:
+                kept.taps[layer].copy_(state)
+            if layer == stop:
+                kept.hidden.copy_(state)
+
+        tokens = given.tokens.to(self.device)
+        if tokens.is_floating_point():
+            tokens = tokens.to(self.dtype)
+        return Work(tokens, given.layout.to(self.device), given.cache, emit=emit)
 
     def top_pass(
         self,

@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
-from ladder_kernels.models.backbone import Backbone, Quantization
+from ladder_kernels.models.backbone import Backbone, Quantization, Work
 from ladder_kernels.models.weights import TensorSource, WeightReader
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear, move_exactly
 
 __all__ = ["HOOKED", "HookedBackbone", "HookedFamily", "SlowerBackboneWarning"]
@@ -262,14 +261,13 @@ class HookedBackbone(Backbone):
     def _block_modules(self) -> Sequence[nn.Module]:
         return self._part(self.family.layers)
 
-    def _run(
-        self,
-        tokens: torch.Tensor,
-        layout: SequenceLayout,
-        cache: Any,
-        emit: Callable[[int, torch.Tensor], None],
-        stop: int,
-    ) -> None:
+    def _run(self, works: Sequence[Work], stop: int) -> None:
+        for work in works:
+            self._run_one(work)
+
+    def _run_one(self, work: Work) -> None:
+        """Run all layers of transformers' decoder, whose hooks emit."""
+        tokens, layout, cache = work.tokens, work.layout, work.cache
         mask, positions = layout.padding, layout.position_ids
         if self.family.learned_positions and positions.numel():
             last = int(positions.max())
@@ -290,7 +288,7 @@ class HookedBackbone(Backbone):
                 # transformers finds documents in the positions only when there is no mask. At
                 # position 0 each, padded tokens are documents of their own: the same as a mask.
                 positions, mask = positions.masked_fill(~mask, 0), None
-        self._emit = emit
+        self._emit = work.emit
         try:
             inputs = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
             self.decoder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from ladder_kernels.models.architecture import Architecture
-from ladder_kernels.models.backbone import Backbone, Quantization
+from ladder_kernels.models.backbone import Backbone, Quantization, Work
 from ladder_kernels.models.calibration import CalibrationPass, LayerInputs
 from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
@@ -241,22 +241,19 @@ class NativeBackbone(Backbone):
         """Width inside the MLP."""
         return self.architecture.intermediate_size
 
-    def _run(
-        self,
-        tokens: torch.Tensor,
-        layout: SequenceLayout,
-        cache: Any,
-        emit: Callable[[int, torch.Tensor], None],
-        stop: int,
-    ) -> None:
-        hidden = tokens
-        if not tokens.is_floating_point():
-            hidden = nn.functional.embedding(tokens, self.embed)
-        emit(0, hidden)
-        rotary = self.rotary(layout.position_ids, self.dtype)
+    def _run(self, works: Sequence[Work], stop: int) -> None:
+        hidden = []
+        for work in works:
+            states = work.tokens
+            if not states.is_floating_point():
+                states = nn.functional.embedding(states, self.embed)
+            work.emit(0, states)
+            hidden.append(states)
+        rotary = [self.rotary(work.layout.position_ids, self.dtype) for work in works]
         for layer, block in enumerate(list(self.blocks)[:stop], start=1):
-            hidden = block(hidden, layout, rotary, cache)
-            emit(layer, hidden)
+            for index, work in enumerate(works):
+                hidden[index] = block(hidden[index], work.layout, rotary[index], work.cache)
+                work.emit(layer, hidden[index])
 
     def _block_modules(self) -> Sequence[nn.Module]:
         return list(self.blocks)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
-from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.backbone import Backbone, Work
 from ladder_kernels.models.loading import backbone_from_transformers
 
 IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -176,12 +177,15 @@ def test_one_frozen_pass_a_forward(backbone: Backbone, monkeypatch: pytest.Monke
     layers: list[int] = []
     run = type(backbone)._run
 
-    def counted(self: Any, tokens: Any, layout: Any, cache: Any, emit: Any, stop: int) -> None:
-        def noted(layer: int, state: torch.Tensor) -> None:
-            layers.append(layer)
-            emit(layer, state)
+    def counted(self: Any, works: Sequence[Work], stop: int) -> None:
+        def noted(work: Work) -> Work:
+            def emit(layer: int, state: torch.Tensor) -> None:
+                layers.append(layer)
+                work.emit(layer, state)
 
-        run(self, tokens, layout, cache, noted, stop)
+            return replace(work, emit=emit)
+
+        run(self, [noted(work) for work in works], stop)
 
     monkeypatch.setattr(type(backbone), "_run", counted)
     model(IDS, labels=IDS, return_logits=True).loss.backward()

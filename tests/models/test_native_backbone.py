@@ -14,12 +14,13 @@ from transformers.cache_utils import DynamicCache
 
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
+from ladder_kernels.models.backbone import FrozenInput
 from ladder_kernels.models.loading import (
     SUPPORTED_NATIVE,
     backbone_from_transformers,
     load_backbone,
 )
-from ladder_kernels.models.native_backbone import NativeBackbone
+from ladder_kernels.models.native_backbone import NativeBackbone, NativeBlock
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.attention import SequenceLayout
 
@@ -236,6 +237,28 @@ def test_taps_are_the_hidden_states(pair: Any, error: Any):
             assert error(done.taps[layer], states[layer]) < LIMIT
         assert torch.equal(done.taps[3], done.hidden)
         assert error(backbone.final_norm(done.hidden), states[3]) < LIMIT
+
+
+def test_several_micro_batches_take_up_each_layer_once(pair: Any, monkeypatch: pytest.MonkeyPatch):
+    backbone, _ = pair("llama")
+    inputs = [FrozenInput(ids(2, n), SequenceLayout.build(2, n)) for n in (5, 9, 2)]
+    alone = [
+        backbone.frozen_pass(each.tokens, layout=each.layout, tap_layers=[0, 2]) for each in inputs
+    ]
+    order: list[int] = []
+    forward = NativeBlock.forward
+
+    def noted(block: NativeBlock, *args: Any) -> torch.Tensor:
+        order.append(block.layer)
+        return forward(block, *args)
+
+    monkeypatch.setattr(NativeBlock, "forward", noted)
+    together = backbone.frozen_passes(inputs, tap_layers=[0, 2])
+    assert order == sorted(order)
+    assert len(order) == 3 * backbone.num_layers
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.hidden, other.hidden)
+        assert all(torch.equal(one.taps[layer], other.taps[layer]) for layer in (0, 2))
 
 
 def test_taps_can_be_saved_by_autograd(pair: Any):
