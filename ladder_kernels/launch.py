@@ -26,8 +26,9 @@ __all__ = [
     "on_host",
 ]
 
-Host = Literal["interpreter", "executor", "recorder"]
-"""What takes a kernel in place of a GPU."""
+Host = Literal["interpreter", "executor", "recorder", "nobody"]
+"""What takes a kernel in place of a GPU. "nobody": launchers run on tensors of a GPU that have no
+values, allocate what they would, and launch nothing."""
 
 HOST_TARGET = "sm_86"
 """The GPU whose configurations are taken for tensors on a CPU, unless another one is named."""
@@ -63,8 +64,9 @@ def on_host(kind: Host, target: str = HOST_TARGET) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture of a device: ``"sm_86"``, ``"gfx942"``; of a CPU, the host's target."""
-    return _architecture(device) if device.type == "cuda" else host_target()
+    """The architecture of a device: ``"sm_86"``, ``"gfx942"``; of none, the host's target."""
+    there = device.type == "cuda" and host() != "nobody"
+    return _architecture(device) if there else host_target()
 
 
 @functools.cache
@@ -84,6 +86,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object)
         args: What the kernel takes, in order, without its constants.
         options: Its constants, and Triton's own, such as ``num_warps``.
     """
+    if host() == "nobody":
+        return
     first: Any = args[0]
     # Multiply and add in one rounding: Triton's default until 3.9, and asked for explicitly since.
     options = {"enable_fp_fusion": True, **options}

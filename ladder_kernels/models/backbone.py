@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ladder_kernels.accounts import count_as
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
@@ -391,12 +392,13 @@ class Backbone(nn.Module):
         Allocated outside inference mode: autograd refuses to save inference tensors.
         """
         shape = (layout.batch, layout.length, self.hidden_size)
+
+        def room(dtype: torch.dtype) -> torch.Tensor:
+            return count_as("taps", torch.empty(shape, dtype=dtype, device=self.device))
+
         return FrozenPass(
-            taps={
-                layer: torch.empty(shape, dtype=tap_dtype or self.dtype, device=self.device)
-                for layer in sorted(set(tap_layers))
-            },
-            hidden=torch.empty(shape, dtype=self.dtype, device=self.device),
+            taps={layer: room(tap_dtype or self.dtype) for layer in sorted(set(tap_layers))},
+            hidden=room(self.dtype),
         )
 
     def _work(self, given: FrozenInput, kept: FrozenPass, stop: int) -> Work:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels import native
+from ladder_kernels.accounts import others_watch
 from ladder_kernels.backend import get_backend, say_fallback
 from ladder_kernels.errors import BackendError
 from ladder_kernels.native.tensors import DTYPES, NOT_FINITE, check, library, matrix
@@ -41,16 +42,16 @@ def is_chosen(tensor: Tensor, dtype: torch.dtype) -> bool:
 
     Returns:
         ``False`` for other devices and float64; where nothing is computed or someone watches how
-        (compilers, tensors without values, dispatch modes), since they cannot see into a native
-        kernel; and under ``use_backend("reference")`` or ``("triton")``. Without a library, too:
-        that is said aloud.
+        (compilers, tensors without values, dispatch modes that do more than count memory), since
+        they cannot see into a native kernel; and under ``use_backend("reference")`` or
+        ``("triton")``. Without a library, too: that is said aloud.
 
     Raises:
         BackendError: The backend is "cpu" and there is no library.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu" or dtype not in DTYPES:
         return False
-    if torch._C._len_torch_dispatch_stack() or not has_values(tensor):
+    if others_watch() or not has_values(tensor):
         return False
     backend = get_backend()
     if backend not in ("auto", "cpu"):

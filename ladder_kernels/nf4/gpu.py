@@ -113,7 +113,7 @@ def decoding(dtype: torch.dtype, *weights: NF4Weight) -> dict[str, bool]:
 
 def _permutes(dtype: torch.dtype, *weights: NF4Weight) -> bool:
     # Words are read at addresses that are multiples of their size, and no part of one.
-    return all(
+    return host() != "nobody" and all(
         weight.packed.data_ptr() % 4 == 0
         and weight.packed.numel() % 4 == 0
         and can_permute(weight.device, dtype)

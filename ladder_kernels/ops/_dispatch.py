@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ladder_kernels.accounts import inside_operation
 from ladder_kernels.backend import get_backend, say_fallback, use_backend, warn_once
 from ladder_kernels.errors import BackendError
 from ladder_kernels.ops import _triton
@@ -57,10 +58,11 @@ def run(op: str, function: str, *args: Any) -> Any:
     """
     device: torch.device = args[0].device
     implementation = _select(op, function, device, args)
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return implementation(*args)
-    return implementation(*args)
+    with inside_operation():
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return implementation(*args)
+        return implementation(*args)
 
 
 def has_gpu_kernel(op: str, function: str, x: Tensor, *, by_name_only: bool = False) -> bool:
