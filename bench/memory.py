@@ -1,32 +1,285 @@
-"""The memory that one call takes beyond what is there before it and what it returns. Linux only."""
+"""How much memory a training step takes: what lives at every moment, and what for.
+
+    python -m bench.memory Qwen2.5-7B                          on a GPU that is not there: traced
+    python -m bench.memory SmolLM2-135M --device cpu           for real, with random weights
+    python -m bench.memory Qwen2.5-7B --steps 2 --plot step    step-light.png and step-dark.png
+
+Bytes are those of live tensors (``ladder_kernels.memory.meter``). On the CPU, the process's
+anonymous memory is sampled beside them: that of tensors, of kernels' scratch, of Python and of what
+the allocator keeps. The base's weights are random. The first step makes the optimizer's states; the
+last one is reported.
+
+Here, too: the memory that one call takes beyond what is there before it and what it returns.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import ladder_kernels as lk
+from ladder_kernels.memory.ledger import CATEGORIES, Moment, Usage
+from ladder_kernels.memory.meter import Meter
 from ladder_kernels.memory.peak import peak_memory_bytes
+from ladder_kernels.memory.tracing import fake_cuda
+from ladder_kernels.models.loading import backbone_from_config
+from ladder_kernels.models.shapes import config_of
 
-__all__ = ["bytes_beyond"]
+__all__ = ["AnonymousMemory", "Measured", "bytes_beyond", "draw", "measure"]
+
+_STATUS = Path("/proc/self/status")
+_SAMPLES = 0.02
+_COLOURS = {
+    "weights": "#4477aa",
+    "taps": "#66ccee",
+    "ladder": "#228833",
+    "optimizer": "#ccbb44",
+    "transients": "#ee6677",
+}
 
 
 def bytes_beyond(call: Callable[[], list[torch.Tensor]]) -> int:
     """Bytes of the process's largest resident set during ``call``, beyond inputs and outputs.
 
     Meant for a process of its own, in which no larger call was made: memory that the allocator kept
-    from an earlier one would not be counted.
+    from an earlier one would not be counted. Linux only.
 
     Args:
         call: Returns its outputs, whose bytes are taken off.
     """
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the largest so far
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    before = re.search(r"VmRSS:\s+(\d+) kB", status)
-    if before is None:
-        raise RuntimeError("/proc/self/status has no VmRSS")
+    before = _status("VmRSS")
     outputs = call()
     most = peak_memory_bytes()
-    return most - int(before[1]) * 1024 - sum(output.nbytes for output in outputs)
+    return most - before - sum(output.nbytes for output in outputs)
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of ``/proc/self/status``."""
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(found[1]) * 1024
+
+
+class AnonymousMemory:
+    """Samples the process's anonymous resident memory, which no file is behind. Linux only.
+
+    Attributes:
+        most: Bytes, the most of all samples.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    @contextlib.contextmanager
+    def sampled(self) -> Iterator[None]:
+        """Sample while this is entered."""
+        done = threading.Event()
+
+        def sample() -> None:
+            while True:
+                self.most = max(self.most, _status("RssAnon"))
+                if done.wait(_SAMPLES):
+                    return
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the last step took.
+
+    Attributes:
+        peak: When the total was largest.
+        largest: The most of each kind, each at its own moment.
+        timeline: After every change.
+        loss: Of the step; ``None`` where numbers were not computed.
+        anonymous: Bytes of the process, sampled; ``None`` where nothing ran.
+    """
+
+    peak: Moment
+    largest: Usage
+    timeline: Sequence[Moment]
+    loss: float | None
+    anonymous: int | None
+
+
+def measure(
+    config: Any,
+    ladder: lk.LadderConfig,
+    *,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    context: int = 2048,
+    steps: int = 2,
+    answers: int = 1,
+    quantize_head: bool = True,
+    recompute: bool = False,
+    target: str = "sm_86",
+    backbone_options: dict[str, Any] | None = None,
+    model_options: dict[str, Any] | None = None,
+) -> Measured:
+    """Take training steps with AdamW and count.
+
+    Args:
+        config: A transformers configuration.
+        ladder: Beside it.
+        device: "cuda": traced, on no GPU; "cpu": for real.
+        dtype: Compute dtype.
+        batch: Rows.
+        context: Tokens a row.
+        steps: How many; the last one counts.
+        answers: Loss on one token in so many.
+        quantize_head: Whether the head is NF4; a head that is the embeddings stays float.
+        recompute: Whether activations are recomputed in the backward pass.
+        target: The GPU whose kernels are traced.
+        backbone_options: More for ``backbone_from_config`` or ``random_backbone``.
+        model_options: More for ``LadderForCausalLM.from_backbone``.
+    """
+    quantize_head = quantize_head and not config.tie_word_embeddings
+    options = {"dtype": dtype, "quantize_head": quantize_head, **(backbone_options or {})}
+    with contextlib.ExitStack() as entered:
+        if device == "cpu":
+            from bench.random_weights import random_backbone
+
+            backbone = random_backbone(config, **options)
+        else:
+            place = entered.enter_context(fake_cuda())
+            backbone = backbone_from_config(config, device=place, **options)
+        model = lk.LadderForCausalLM.from_backbone(backbone, ladder, **(model_options or {}))
+        model.train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        ids = torch.arange(batch * context, device=backbone.device).view(batch, context)
+        ids %= config.vocab_size
+        labels = ids.masked_fill(ids % answers != 0, -100)
+        anonymous = AnonymousMemory()
+        meter = entered.enter_context(Meter(model, optimizer, target=target))
+        if device == "cpu":
+            entered.enter_context(anonymous.sampled())
+        loss = None
+        for _ in range(steps):
+            meter.restart()
+            anonymous.most = 0
+            found: Any = model(input_ids=ids, labels=labels).loss
+            found.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = float(found.detach()) if device == "cpu" else None
+            del found
+    return Measured(
+        peak=meter.peak,
+        largest=meter.largest(),
+        timeline=meter.timeline,
+        loss=loss,
+        anonymous=anonymous.most or None,
+    )
+
+
+def draw(timeline: Sequence[Moment], title: str, path: Path) -> list[Path]:
+    """Draw what lives over a step, stacked, for light pages and for dark ones.
+
+    Args:
+        timeline: Of a meter.
+        title: Of the plot.
+        path: Without what follows: ``-light.png`` and ``-dark.png``.
+
+    Returns:
+        The files.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    files = []
+    for look, style in (("light", "default"), ("dark", "dark_background")):
+        with plt.style.context(style):
+            figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+            lines = [[getattr(m.usage, name) / 1e9 for m in timeline] for name in _COLOURS]
+            axes.stackplot(
+                range(len(timeline)), lines, labels=list(_COLOURS), colors=_COLOURS.values(),
+                step="post",
+            )  # fmt: skip
+            peak = max(moment.usage.total for moment in timeline) / 1e9
+            axes.axhline(peak, linestyle="--", linewidth=1, color="0.5")
+            axes.annotate(f"peak {peak:.2f} GB", (0, peak), va="bottom")
+            axes.set(title=title, xlabel="changes, in order", ylabel="live bytes of tensors, GB")
+            axes.set_xlim(0, len(timeline) - 1)
+            axes.set_ylim(0, 1.1 * peak)
+            axes.grid(alpha=0.3)
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            files.append(path.with_name(f"{path.name}-{look}.png"))
+            figure.savefig(files[-1], dpi=120)
+            plt.close(figure)
+    return files
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a known name, a config.json, or a folder with one")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--target", default="sm_86", help="the GPU that is traced")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--answers", type=int, default=1, help="loss on one token in so many")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--ladder", choices=["lst", "recommended"], default="lst")
+    parser.add_argument("--reduction", type=int, default=16)
+    parser.add_argument("--float-head", action="store_true", help="leave the head in float")
+    parser.add_argument("--recompute", action="store_true", help="in the backward pass")
+    parser.add_argument("--plot", type=Path, help="beginning of the plots' names")
+    given = parser.parse_args()
+    ladder = {"lst": lk.LadderConfig.lst, "recommended": lk.LadderConfig.recommended}[given.ladder]
+    measured = measure(
+        config_of(given.model),
+        ladder(reduction=given.reduction),
+        device=given.device,
+        dtype=getattr(torch, given.dtype),
+        batch=given.batch,
+        context=given.context,
+        steps=given.steps,
+        answers=given.answers,
+        quantize_head=not given.float_head,
+        recompute=given.recompute,
+        target=given.target,
+    )
+    kind = "measured" if given.device == "cpu" else f"traced for {given.target}"
+    print(f"{given.model}, {given.batch} x {given.context} tokens, step {given.steps}, {kind}\n")
+    print(f"{'':12}{'at the peak':>14}{'at most':>14}   MB")
+    for name in (*CATEGORIES, "mapped", "host"):
+        at_peak, most = (getattr(each, name) for each in (measured.peak.usage, measured.largest))
+        print(f"{name:12}{at_peak / 1e6:14,.1f}{most / 1e6:14,.1f}")
+    print(f"{'peak':12}{measured.peak.usage.total / 1e6:14,.1f}   in {measured.peak.operation}")
+    if measured.anonymous is not None:
+        print(f"{'process':12}{measured.anonymous / 1e6:14,.1f}   anonymous, sampled")
+        print(f"loss {measured.loss:.4f}")
+    if given.plot is not None:
+        title = f"{given.model}, {given.batch} x {given.context} tokens, {given.ladder} ladder"
+        for file in draw(measured.timeline, title, given.plot):
+            print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ladder_kernels.accounts import Category
 
@@ -156,9 +157,10 @@ class Ledger:
                 self._note()
 
     def _kind(self, tensor: Tensor, category: Category, fresh: bool) -> str | None:
-        device = tensor.fake_device if hasattr(tensor, "fake_device") else tensor.device
+        traced = isinstance(tensor, FakeTensor)
+        device = tensor.fake_device if traced else tensor.device
         if device.type == "cpu":
-            if not fresh and not hasattr(tensor, "fake_device") and is_file_mapped(tensor):
+            if not fresh and not traced and is_file_mapped(tensor):
                 return "mapped"
             return category if self.device.type == "cpu" else "host"
         return category if device.type == self.device.type else None

@@ -206,8 +206,10 @@ def _parts(model: nn.Module) -> Iterator[tuple[Category, Tensor]]:
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 yield "weights", parameter
-                yield from (("weights", each) for each in _quantization(parameter))
-        yield from (("weights", buffer) for buffer in module.buffers())
+                for each in _quantization(parameter):
+                    yield "weights", each
+        for buffer in module.buffers():
+            yield "weights", buffer
 
 
 def _quantization(holder: Any) -> Iterator[Tensor]:

@@ -70,8 +70,8 @@ def allocated_at_most(call: Callable[[], object]) -> int:
     """The most bytes beyond those at the start that PyTorch's own allocator had given out."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    assert profiled.profiler is not None
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    profiler: Any = profiled.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return int(np.cumsum([0, *(event.nbytes() for event in events)]).max())
 
@@ -261,9 +261,9 @@ def test_workspaces_of_kernels_that_are_not_launched(tokens):
 
 
 def test_bitsandbytes_scales_are_weights():
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
-    layer = Linear4bit(256, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer: Any = Linear4bit(256, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight.data = torch.randn(128, 256)
     layer.to("cpu")
     state = layer.weight.quant_state
