@@ -19,7 +19,7 @@ from ladder_kernels.accounts import count_as
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
-from ladder_kernels.nn.attention import SequenceLayout
+from ladder_kernels.nn.attention import SMALLEST_SLICE, SequenceLayout
 from ladder_kernels.nn.linear import NF4Linear
 from ladder_kernels.ops import nf4_linear
 
@@ -97,6 +97,7 @@ class Backbone(nn.Module):
             through the layers of transformers.
         reenters: Whether a ladder's output may enter it again below some of its layers, through
             which gradients pass then.
+        slices: Whether a frozen pass can take tokens in slices (:attr:`slice_tokens`).
         config: The transformers configuration of the base model.
         quantization: How float weights were quantised.
         fingerprint: sha256 (hex) of the weights and of the configuration that changes the function.
@@ -108,6 +109,7 @@ class Backbone(nn.Module):
 
     runs_on: ClassVar[str]
     reenters: ClassVar[bool]
+    slices: ClassVar[bool] = False
     head_bias: torch.Tensor | None
 
     def __init__(
@@ -126,6 +128,7 @@ class Backbone(nn.Module):
         self.softcap: float | None = None
         self.logit_scale = 1.0
         self._rounded_below = 0
+        self._slice_tokens: int | None = None
         self.register_buffer("head_bias", None, persistent=False)
 
     @property
@@ -165,6 +168,33 @@ class Backbone(nn.Module):
         """
         self.check_reentry(self.num_layers - start)
         return hidden
+
+    @property
+    def slice_tokens(self) -> int | None:
+        """About how many tokens of a frozen pass are inside a layer at once; ``None``: all.
+
+        Slices bound what a layer needs beside the residual stream, whatever the context, and cost
+        little time. On the native kernels they change no bit. Setting raises a
+        :class:`~ladder_kernels.errors.ConfigError` for less than
+        :data:`~ladder_kernels.nn.attention.SMALLEST_SLICE`, and for any number where layers run on
+        transformers.
+        """
+        return self._slice_tokens
+
+    @slice_tokens.setter
+    def slice_tokens(self, value: int | None) -> None:
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or value < SMALLEST_SLICE:
+                raise ConfigError(
+                    f"slice_tokens: found {value!r}; it must be a whole number, {SMALLEST_SLICE} "
+                    "or more, or None"
+                )
+            if not self.slices:
+                raise ConfigError(
+                    f"slice_tokens: found {value}, but '{self.config.model_type}' runs on "
+                    f"{self.runs_on}, whose layers take all tokens at once; allowed is None"
+                )
+        self._slice_tokens = value
 
     def check_reentry(self, reentry: int) -> None:
         """Refuse a re-entry below the last ``reentry`` layers where it is not possible.

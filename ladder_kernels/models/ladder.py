@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.block import BLOCKS, SideBlock, SideShape, rotary_tables
 from ladder_kernels.nn.merge import MERGES
 from ladder_kernels.nn.output import OUTPUTS, Output
+from ladder_kernels.nn.recompute import keep_inputs
 from ladder_kernels.nn.tap import TAPS, Tap
 from ladder_kernels.ops import rms_norm
 
@@ -75,11 +77,16 @@ class Rung(nn.Module):
         Returns:
             ``s_i``, ``[B, S, d]``.
         """
-        if self.merge is not None:
-            connections = self.connections()
-            sources = [tap.read(taps) for tap in connections]
-            side = self.merge(side, sources, [tap.down for tap in connections])
-        return self.block(side, layout, rotary, cache, cache_index)
+        # On its own, so that no tap is held while the block runs.
+        merged = side if self.merge is None else self._merged(self.merge, side, taps)
+        return self.block(merged, layout, rotary, cache, cache_index)
+
+    def _merged(
+        self, merge: nn.Module, side: torch.Tensor, taps: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        connections = self.connections()
+        sources = [tap.read(taps) for tap in connections]
+        return merge(side, sources, [tap.down for tap in connections])
 
 
 class Ladder(nn.Module):
@@ -253,18 +260,25 @@ class Ladder(nn.Module):
         cache: Any = None,
         cache_offset: int | None = None,
         select: Any = None,
+        recompute: bool = False,
     ) -> torch.Tensor:
         """Climb.
 
         Args:
             taps: Residual stream ``h[t]``, ``[B, S, D]`` in any float dtype, for ``t`` in
-                :attr:`tap_layers`; constants.
+                :attr:`tap_layers`; constants. Each rung looks up its own when it needs them, bottom
+                first, and with ``recompute`` holds on to none of them afterwards.
             hidden: ``h[stop]``, ``[B, S, D]`` in the backbone's compute dtype, a constant.
             layout: Positions, padding and documents, the same as the frozen pass had.
             cache: A transformers ``Cache``, or ``None``.
             cache_offset: The cache's layer of the first rung with attention; default ``L``.
             select: Index of ``[B, S]``, such as a mask's ``nonzero(as_tuple=True)``: compute the
                 output for these ``n`` tokens only.
+            recompute: Keep for the backward pass what enters each rung, ``s_{i-1}``, and nothing
+                else: the pass runs each rung again, top first, with taps looked up anew. Gradients
+                are the same by bits. The output "interpolate" keeps ``hidden`` besides. Without
+                effect where no gradient is taken, with a cache, and under ``torch.compile``, which
+                decides by itself what to keep.
 
         Returns:
             ``y``, ``[B, S, D]`` or with ``select`` ``[n, D]``, in the dtype of ``hidden``.
@@ -286,14 +300,32 @@ class Ladder(nn.Module):
             rotary = rotary_tables(
                 layout.position_ids, self.shape.head_dim, self.rope_theta, self.dtype
             )
-        start = rms_norm(self.entry.read(taps).to(self.dtype), None, self.config.eps)
-        side = F.linear(start, self.entry.down)
+        recompute = (
+            recompute
+            and cache is None
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+        run = keep_inputs if recompute else _call
+        side = run(functools.partial(self._start, self.entry, taps))
         for rung in self.steps():
-            side = rung(side, taps, layout, rotary, cache, index)
+            climb = functools.partial(
+                rung, taps=taps, layout=layout, rotary=rotary, cache=cache, cache_index=index
+            )
+            side = run(climb, side)
             index += rung.block.cached
         if select is not None:
             side, hidden = side[select], hidden[select]
-        return self.output(side, hidden)
+        return self.output(side, hidden, recompute)
+
+    def _start(self, entry: Tap, taps: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """``s_0``, ``[B, S, d]``."""
+        start = rms_norm(entry.read(taps).to(self.dtype), None, self.config.eps)
+        return F.linear(start, entry.down)
+
+
+def _call(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    return function(*inputs)
 
 
 def _rope_theta(config: Any) -> float:

@@ -86,7 +86,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
         self.tap_dtype = tap_dtype_of(config.tap_dtype)
         self._ladder_enabled = True
-        # Of the layers above a re-entry; set by transformers' gradient_checkpointing_enable().
+        # Of the rungs, the output and the layers above a re-entry; set by transformers'
+        # gradient_checkpointing_enable().
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -509,16 +510,19 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         )
         if ladder is None:
             return frozen.hidden if select is None else frozen.hidden[select]
+        recompute = self.gradient_checkpointing and self.training
         if not ladder.reentry:
-            return ladder(frozen.taps, frozen.hidden, layout, cache=cache, select=select)
+            return ladder(
+                frozen.taps, frozen.hidden, layout, cache=cache, select=select, recompute=recompute
+            )
         # Tokens above the re-entry see each other: all of them are needed up to the last layer.
         y = self._backbone.top_pass(
-            ladder(frozen.taps, frozen.hidden, layout, cache=cache),
+            ladder(frozen.taps, frozen.hidden, layout, cache=cache, recompute=recompute),
             layout=layout,
             start=ladder.stop,
             adapters=ladder.block_adapters(),
             cache=cache,
-            recompute=self.gradient_checkpointing and self.training,
+            recompute=recompute,
         )
         return y if select is None else y[select]
 

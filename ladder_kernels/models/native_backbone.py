@@ -16,7 +16,7 @@ from ladder_kernels.models.calibration import CalibrationPass, LayerInputs
 from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
-from ladder_kernels.nn.attention import SequenceLayout, attend
+from ladder_kernels.nn.attention import SequenceLayout, attend, token_slices
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
 from ladder_kernels.nn.rotary import Rotary
 from ladder_kernels.ops import nf4_swiglu, nf4_swiglu_int8, rms_norm, rotary_
@@ -110,6 +110,81 @@ class NativeBlock(nn.Module):
         x = self.gated(self.mlp_input(hidden), adapters)
         return self._linear("down", x, hidden, adapters)
 
+    def advance(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+        parts: Sequence[slice],
+    ) -> None:
+        """Run the block without gradients: what :meth:`forward` gives, written over ``hidden``.
+
+        Tokens pass in ``parts``, so that what is widest inside the block, the MLP's, exists for
+        one part at a time. So do the attention's queries, on a CPU and without a cache; elsewhere
+        attention takes all queries at once, as PyTorch's kernels and masks are made for. A block
+        with layers in float takes all tokens at once: PyTorch's products may sum in another order
+        for another number of rows.
+
+        Args:
+            hidden: The residual stream, ``[B, S, D]``.
+            layout: Of the batch.
+            rotary: Cosines and sines of :class:`Rotary`.
+            cache: A transformers ``Cache`` or ``None``.
+            parts: Of ``range(S)``; see :func:`~ladder_kernels.nn.attention.token_slices`.
+        """
+        if not self._is_quantized():
+            parts = [slice(0, layout.length)]
+        ranged, _ = layout.first_seen(self.window)
+        if len(parts) > 1 and cache is None and ranged and hidden.device.type == "cpu":
+            self._advance_parts(hidden, layout, rotary, parts)
+            return
+        x = self.attention(self.attention_input(hidden), layout, rotary, cache)
+        for part in parts:
+            self._add(hidden[:, part], "o", x[:, part])
+        del x
+        for part in parts:
+            self._add_mlp(hidden[:, part])
+
+    def _advance_parts(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        parts: Sequence[slice],
+    ) -> None:
+        """Take each part through all of the block: the keys that it sees have come before."""
+        shape = (layout.batch, layout.length, self.k.out_features // self.head_dim, self.head_dim)
+        keys, values = hidden.new_empty(shape), hidden.new_empty(shape)
+        for part in parts:
+            rows = hidden[:, part]
+            turn = (rotary[0][:, part], rotary[1][:, part])
+            q, keys[:, part], values[:, part] = self._projected(self.attention_input(rows), turn)
+            seen = slice(0, part.stop)
+            x = attend(
+                q.transpose(1, 2),
+                keys[:, seen].transpose(1, 2),
+                values[:, seen].transpose(1, 2),
+                layout,
+                window=self.window,
+                rows=part,
+            )
+            del q
+            self._add(rows, "o", x)
+            del x
+            self._add_mlp(rows)
+
+    def _is_quantized(self) -> bool:
+        layers = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+        return all(isinstance(layer, NF4Linear) for layer in layers)
+
+    def _add(self, hidden: torch.Tensor, role: str, x: torch.Tensor) -> None:
+        """Add what layer ``role`` makes of ``x`` to ``hidden``, in place."""
+        hidden.copy_(self._linear(role, x, hidden))
+
+    def _add_mlp(self, hidden: torch.Tensor) -> None:
+        self._add(hidden, "down", self.gated(self.mlp_input(hidden)))
+
     def _linear(
         self,
         role: str,
@@ -133,6 +208,21 @@ class NativeBlock(nn.Module):
         adapters: BlockAdapters | None = None,
     ) -> torch.Tensor:
         """What the attention's output projection reads, ``[B, S, heads * head_dim]``."""
+        heads = self._projected(x, rotary, adapters)
+        del x  # as wide as the stream, and not needed beside what attention makes
+        q, k, v = (value.transpose(1, 2) for value in heads)
+        del heads
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        return attend(q, k, v, layout, window=self.window)
+
+    def _projected(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        adapters: BlockAdapters | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, ``[B, S, heads, head_dim]``, the former two turned."""
         q, k, v = (self._heads(self._linear(role, x, None, adapters)) for role in ("q", "k", "v"))
         if self.qk_norm:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
@@ -140,10 +230,7 @@ class NativeBlock(nn.Module):
             q, k = turned_by_rotary(q, k, *rotary)
         elif self.rope:
             rotary_(q, k, *rotary)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        return attend(q, k, v, layout, window=self.window)
+        return q, k, v
 
     def mlp_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What gate and up read, ``[B, S, D]``."""
@@ -177,6 +264,7 @@ class NativeBackbone(Backbone):
 
     runs_on: ClassVar[str] = "ladder_kernels"
     reenters: ClassVar[bool] = True
+    slices: ClassVar[bool] = True
 
     embed: torch.Tensor
     norm: torch.Tensor
@@ -245,15 +333,29 @@ class NativeBackbone(Backbone):
         hidden = []
         for work in works:
             states = work.tokens
-            if not states.is_floating_point():
+            # Written over as it goes up, so embeddings of the caller's are copied.
+            if states.is_floating_point():
+                states = states.clone()
+            else:
                 states = nn.functional.embedding(states, self.embed)
             work.emit(0, states)
             hidden.append(states)
         rotary = [self.rotary(work.layout.position_ids, self.dtype) for work in works]
-        for layer, block in enumerate(list(self.blocks)[:stop], start=1):
+        parts = [
+            token_slices(work.layout.batch, work.layout.length, self.slice_tokens)
+            for work in works
+        ]
+        for layer, block in enumerate(self._frozen_blocks(stop), start=1):
             for index, work in enumerate(works):
-                hidden[index] = block(hidden[index], work.layout, rotary[index], work.cache)
-                work.emit(layer, hidden[index])
+                states = hidden[index]
+                block.advance(states, work.layout, rotary[index], work.cache, parts[index])
+                work.emit(layer, states)
+
+    def _frozen_blocks(self, stop: int) -> Iterator[NativeBlock]:
+        """The first ``stop`` blocks, bottom first."""
+        for block in list(self.blocks)[:stop]:
+            if isinstance(block, NativeBlock):
+                yield block
 
     def _block_modules(self) -> Sequence[nn.Module]:
         return list(self.blocks)

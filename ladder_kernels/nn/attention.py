@@ -7,6 +7,8 @@ both.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from ladder_kernels.errors import ConfigError
@@ -16,7 +18,10 @@ from ladder_kernels.ops.ranged_attention.reference import (
     ranged_attention as differentiable_attention,
 )
 
-__all__ = ["SequenceLayout", "attend"]
+__all__ = ["SMALLEST_SLICE", "SequenceLayout", "attend", "token_slices"]
+
+SMALLEST_SLICE = 128
+"""Fewest tokens that a slice may be asked to have."""
 
 
 class SequenceLayout:
@@ -230,6 +235,28 @@ def _find_documents(positions: torch.Tensor, padding: torch.Tensor | None) -> to
     return starts.cumsum(-1) if bool(starts.any()) else None
 
 
+def token_slices(batch: int, length: int, slice_tokens: int | None) -> list[slice]:
+    """Cut the positions of a batch so that a slice of all its sequences has few tokens.
+
+    Slices are about equally long. The native products of up to 16 rows are summed in another order
+    than those of more: the slices of a batch that is cut have more than an eighth of
+    ``slice_tokens`` each, so that with :data:`SMALLEST_SLICE` or more a cut changes no bit.
+
+    Args:
+        batch: Number of sequences, ``B``.
+        length: Tokens a sequence, ``S``.
+        slice_tokens: Tokens of a slice, at most, as far as one position of each sequence allows;
+            ``None``: all in one.
+
+    Returns:
+        Neighbouring slices of ``range(length)``, one at least.
+    """
+    positions = length if slice_tokens is None else max(1, slice_tokens // max(1, batch))
+    count = max(1, -(-length // max(1, positions)))
+    ends = [length * index // count for index in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -238,6 +265,7 @@ def attend(
     *,
     window: int | None = None,
     scale: float | None = None,
+    rows: slice | None = None,
 ) -> torch.Tensor:
     """Causal attention with grouped heads over a layout.
 
@@ -249,17 +277,22 @@ def attend(
         layout: Of the same ``S``.
         window: See :meth:`SequenceLayout.mask`.
         scale: Factor on the scores; default ``hd ** -0.5``.
+        rows: The layout's new tokens that ``q`` holds, where it does not hold all; ``k`` and ``v``
+            end with the last of them then.
 
     Returns:
         ``[B, S, H * hd]``, in the dtype of ``q``.
     """
     ranged, first = layout.first_seen(window)
-    dropped = layout.total - k.shape[2]
+    rows = slice(0, layout.length) if rows is None else rows
+    total = layout.past_length + rows.stop
+    dropped = total - k.shape[2]
     if not ranged:
         mask = layout.mask(window)
         if mask is not None:
-            mask = mask[..., dropped:]
+            mask = mask[..., rows, dropped:total]
         return attend_under_mask(q, k, v, mask, scale).transpose(1, 2).flatten(2)
+    first = None if first is None else first[:, rows]
     if dropped:
         first = None if first is None else (first - dropped).clamp_(min=0)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))

@@ -246,13 +246,13 @@ def test_several_micro_batches_take_up_each_layer_once(pair: Any, monkeypatch: p
         backbone.frozen_pass(each.tokens, layout=each.layout, tap_layers=[0, 2]) for each in inputs
     ]
     order: list[int] = []
-    forward = NativeBlock.forward
+    advance = NativeBlock.advance
 
-    def noted(block: NativeBlock, *args: Any) -> torch.Tensor:
+    def noted(block: NativeBlock, *args: Any) -> None:
         order.append(block.layer)
-        return forward(block, *args)
+        advance(block, *args)
 
-    monkeypatch.setattr(NativeBlock, "forward", noted)
+    monkeypatch.setattr(NativeBlock, "advance", noted)
     together = backbone.frozen_passes(inputs, tap_layers=[0, 2])
     assert order == sorted(order)
     assert len(order) == 3 * backbone.num_layers
@@ -284,6 +284,7 @@ def test_embeddings_instead_of_ids(pair: Any):
     b = backbone.frozen_pass(inputs_embeds=embeds.requires_grad_(), layout=layout).hidden
     assert torch.equal(a, b)
     assert not b.requires_grad
+    assert torch.equal(embeds, backbone.embedding[tokens])  # the stream was not built over them
 
 
 def test_wrong_arguments_of_a_frozen_pass(pair: Any):

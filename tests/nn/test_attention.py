@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
 from ladder_kernels.errors import ConfigError
-from ladder_kernels.nn.attention import SequenceLayout, attend
+from ladder_kernels.nn.attention import SMALLEST_SLICE, SequenceLayout, attend, token_slices
 
 
 def seen(layout: SequenceLayout, window: int | None = None) -> torch.Tensor:
@@ -297,3 +297,53 @@ def test_gradients_in_half_precision_are_as_accurate_as_pytorchs(dtype):
         assert ours.dtype == dtype
         allowed = 2 * (theirs.double() - true).abs().max() + 1e-5 * true.abs().max()
         assert (ours.double() - true).abs().max() <= allowed
+
+
+@given(
+    st.integers(0, 300),
+    st.integers(0, 5000),
+    st.one_of(st.none(), st.integers(SMALLEST_SLICE, 4096)),
+)
+def test_slices_of_tokens(batch: int, length: int, slice_tokens: int | None):
+    slices = token_slices(batch, length, slice_tokens)
+    assert [i for part in slices for i in range(length)[part]] == list(range(length))
+    if slice_tokens is None:
+        assert len(slices) == 1
+        return
+    for part in slices:
+        positions = part.stop - part.start
+        assert batch * positions <= slice_tokens or positions == 1
+        # Products of more than 16 rows keep to one order of sums.
+        assert len(slices) == 1 or batch == 0 or batch * positions > max(16, slice_tokens / 8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_attend_for_some_of_the_queries(data: st.DataObject):
+    """As for all of them at once, by bits, over the keys up to the last one."""
+    length, past = data.draw(st.integers(2, 300)), data.draw(st.sampled_from([0, 3, 130]))
+    start = data.draw(st.integers(0, length - 1))
+    rows = slice(start, data.draw(st.integers(start + 1, length)))
+    window = data.draw(st.sampled_from([None, 5, 140]))
+    padding = torch.ones(2, past + length)
+    kind = data.draw(st.sampled_from(["plain", "left", "interrupted", "packed"]))
+    if kind in ("left", "interrupted"):
+        padding[1, (0 if kind == "left" else 1) : 1 + past + length // 3] = 0
+    positions = None
+    if kind == "packed" and past == 0:
+        positions = torch.arange(length) % (length // 2 + 1)
+    layout = SequenceLayout.build(
+        2, length, past_length=past, attention_mask=padding, position_ids=positions
+    )
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    q = torch.randn(2, 4, length, 8).to(dtype)
+    k, v = torch.randn(2, 2, 2, past + length, 8).to(dtype)
+    whole = attend(q, k, v, layout, window=window)[:, rows]
+    seen_keys = slice(0, past + rows.stop)
+    some = attend(
+        q[:, :, rows], k[:, :, seen_keys], v[:, :, seen_keys], layout, window=window, rows=rows
+    )
+    if layout.first_seen(window)[0]:
+        assert torch.equal(some, whole)
+    else:  # PyTorch's kernel, under a mask
+        torch.testing.assert_close(some, whole)
