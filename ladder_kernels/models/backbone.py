@@ -19,8 +19,9 @@ from ladder_kernels.accounts import count_as
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
-from ladder_kernels.nn.attention import SMALLEST_SLICE, SequenceLayout
+from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import NF4Linear
+from ladder_kernels.nn.slices import SMALLEST_SLICE
 from ladder_kernels.ops import nf4_linear
 
 __all__ = ["Backbone", "FrozenInput", "FrozenPass", "Quantization", "Work"]
@@ -176,7 +177,7 @@ class Backbone(nn.Module):
         Slices bound what a layer needs beside the residual stream, whatever the context, and cost
         little time. On the native kernels they change no bit. Setting raises a
         :class:`~ladder_kernels.errors.ConfigError` for less than
-        :data:`~ladder_kernels.nn.attention.SMALLEST_SLICE`, and for any number where layers run on
+        :data:`~ladder_kernels.nn.slices.SMALLEST_SLICE`, and for any number where layers run on
         transformers.
         """
         return self._slice_tokens

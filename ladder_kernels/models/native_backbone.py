@@ -16,9 +16,10 @@ from ladder_kernels.models.calibration import CalibrationPass, LayerInputs
 from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
-from ladder_kernels.nn.attention import SequenceLayout, attend, token_slices
+from ladder_kernels.nn.attention import SequenceLayout, attend
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
 from ladder_kernels.nn.rotary import Rotary
+from ladder_kernels.nn.slices import token_slices
 from ladder_kernels.ops import nf4_swiglu, nf4_swiglu_int8, rms_norm, rotary_
 from ladder_kernels.ops import rotary as turned_by_rotary
 
@@ -131,7 +132,7 @@ class NativeBlock(nn.Module):
             layout: Of the batch.
             rotary: Cosines and sines of :class:`Rotary`.
             cache: A transformers ``Cache`` or ``None``.
-            parts: Of ``range(S)``; see :func:`~ladder_kernels.nn.attention.token_slices`.
+            parts: Of ``range(S)``; see :func:`~ladder_kernels.nn.slices.token_slices`.
         """
         if not self._is_quantized():
             parts = [slice(0, layout.length)]
@@ -342,8 +343,7 @@ class NativeBackbone(Backbone):
             hidden.append(states)
         rotary = [self.rotary(work.layout.position_ids, self.dtype) for work in works]
         parts = [
-            token_slices(work.layout.batch, work.layout.length, self.slice_tokens)
-            for work in works
+            token_slices(work.layout.batch, work.layout.length, self.slice_tokens) for work in works
         ]
         for layer, block in enumerate(self._frozen_blocks(stop), start=1):
             for index, work in enumerate(works):

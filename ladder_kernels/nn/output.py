@@ -101,7 +101,7 @@ def _wide(*values: torch.Tensor) -> torch.dtype:
 
 
 def _add_scaled(hidden: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``hidden + rms(hidden) * up`` ``[..., D]``, rounded once, and ``rms(hidden)`` ``[..., 1]``."""
+    """``hidden + rms(hidden) * up``, rounded once, and ``rms(hidden)`` ``[..., 1]``."""
     wide = _wide(hidden, up)
     state = hidden.to(wide)
     rms = state.square().mean(-1, keepdim=True).sqrt()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ladder_kernels.errors import ConfigError
+from ladder_kernels.nn.slices import SMALLEST_SLICE
 from ladder_kernels.training.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -154,6 +155,16 @@ class TrainOptions:
     blocksize: int | None = _help("weights that share a scale in NF4 (default 64)", None)
     double_quant: bool | None = _help("quantise the scales too (default true)", None)
     quantize_head: bool | None = _help("quantise the output head too (default false)", None)
+    gradient_checkpointing: bool = _help(
+        "keep what enters each rung of the ladder, and each layer above a re-entry, and compute "
+        "the rest again in the backward pass: less memory, a little more time, the same bits",
+        False,
+    )
+    slice_tokens: int | None = _help(
+        f"take so many tokens at a time through each frozen layer ({SMALLEST_SLICE} or more): less "
+        "memory with long rows; default all at once",
+        None,
+    )
     bf16: bool = _help(
         "compute the ladder under bfloat16 autocast; its weights stay float32", False
     )
@@ -202,6 +213,8 @@ class TrainOptions:
             if value is not None:
                 _at_least(name, value, 2 if name == "context" else 1)
         _at_least("seed", self.seed, 0)
+        if self.slice_tokens is not None:
+            _at_least("slice_tokens", self.slice_tokens, SMALLEST_SLICE)
         for name in ("warmup", "weight_decay", "max_grad_norm"):
             _number(name, getattr(self, name), above=False)
         for name in ("learning_rate", "epochs"):

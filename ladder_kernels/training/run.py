@@ -263,6 +263,7 @@ def _arguments(options: TrainOptions) -> TrainingArguments:
             optim=options.optimizer,
             seed=options.seed,
             bf16=options.bf16,
+            gradient_checkpointing=options.gradient_checkpointing,
             use_cpu=options.device == "cpu",
             logging_steps=options.logging_steps,
             logging_nan_inf_filter=False,
@@ -311,6 +312,7 @@ def _load_model(options: TrainOptions, ladder: Any, device: Any) -> LadderForCau
         gguf_file=options.gguf_file,
     )
     _check_context(options.context, model.backbone.max_context, options.model)
+    model.backbone.slice_tokens = options.slice_tokens
     return model
 
 

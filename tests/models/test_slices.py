@@ -15,8 +15,9 @@ from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.models.backbone import Backbone, FrozenPass
 from ladder_kernels.models.loading import SUPPORTED_NATIVE, backbone_from_transformers
-from ladder_kernels.nn.attention import SMALLEST_SLICE, SequenceLayout
+from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import FrozenLinear
+from ladder_kernels.nn.slices import SMALLEST_SLICE
 
 LENGTH = 290
 DTYPES = (torch.float32, torch.bfloat16)
@@ -111,7 +112,8 @@ def test_the_bits_do_not_change_with_a_cache(family: str, dtype: torch.dtype, ba
     tokens = torch.randint(3, 128, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     found = []
     for slice_tokens in (None, 130):
-        cache, passes, start = DynamicCache(config=backbone.config), [], 0
+        cache: Any = DynamicCache(config=backbone.config)
+        passes, start = [], 0
         for stop in (200, 201, LENGTH):
             layout = SequenceLayout.build(2, stop - start, past_length=start)
             part = tokens[:, start:stop]

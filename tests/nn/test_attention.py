@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
 from ladder_kernels.errors import ConfigError
-from ladder_kernels.nn.attention import SMALLEST_SLICE, SequenceLayout, attend, token_slices
+from ladder_kernels.nn.attention import SequenceLayout, attend
 
 
 def seen(layout: SequenceLayout, window: int | None = None) -> torch.Tensor:
@@ -297,24 +297,6 @@ def test_gradients_in_half_precision_are_as_accurate_as_pytorchs(dtype):
         assert ours.dtype == dtype
         allowed = 2 * (theirs.double() - true).abs().max() + 1e-5 * true.abs().max()
         assert (ours.double() - true).abs().max() <= allowed
-
-
-@given(
-    st.integers(0, 300),
-    st.integers(0, 5000),
-    st.one_of(st.none(), st.integers(SMALLEST_SLICE, 4096)),
-)
-def test_slices_of_tokens(batch: int, length: int, slice_tokens: int | None):
-    slices = token_slices(batch, length, slice_tokens)
-    assert [i for part in slices for i in range(length)[part]] == list(range(length))
-    if slice_tokens is None:
-        assert len(slices) == 1
-        return
-    for part in slices:
-        positions = part.stop - part.start
-        assert batch * positions <= slice_tokens or positions == 1
-        # Products of more than 16 rows keep to one order of sums.
-        assert len(slices) == 1 or batch == 0 or batch * positions > max(16, slice_tokens / 8)
 
 
 @settings(max_examples=40, deadline=None)

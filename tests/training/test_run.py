@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from ladder_kernels.errors import (
     MissingFileError,
     OutputExistsError,
 )
+from ladder_kernels.models.ladder import Ladder
+from ladder_kernels.models.native_backbone import NativeBlock
 from ladder_kernels.training.data import load_tokenizer, prepare_data
 from ladder_kernels.training.evaluation import evaluate_perplexity
 from ladder_kernels.training.run import TrainOptions, train
@@ -89,6 +92,41 @@ def test_activations(options: TrainOptions):
     assert train(replace(rounded, resume=True)).steps == result.steps
     with pytest.raises(ConfigError, match="found 'exact'; the checkpoint to resume has 'int8'"):
         train(replace(rounded, resume=True, activations=None))
+
+
+def test_less_memory_changes_no_bit(options: TrainOptions, monkeypatch: pytest.MonkeyPatch):
+    """Rungs and layers computed again, and slices of tokens."""
+    options = replace(options, reentry=1, adapter_rank=2, batch_size=4, save_steps=4)
+    plain = load_file(train(options).output / "model.safetensors")
+    small = replace(
+        options, output=f"{options.output}-small", gradient_checkpointing=True, slice_tokens=128
+    )
+    climbs: list[bool] = []
+    climb = Ladder.forward
+
+    def noted(ladder: Ladder, *args: Any, recompute: bool = False, **rest: Any) -> torch.Tensor:
+        climbs.append(recompute)
+        return climb(ladder, *args, recompute=recompute, **rest)
+
+    monkeypatch.setattr(Ladder, "forward", noted)
+    parts: list[int] = []
+    advance = NativeBlock.advance
+
+    def counted(block: NativeBlock, *args: Any) -> None:
+        parts.append(len(args[-1]))
+        advance(block, *args)
+
+    monkeypatch.setattr(NativeBlock, "advance", counted)
+    found = load_file(train(small).output / "model.safetensors")
+    assert climbs.count(True) == 8
+    assert max(parts) == 2
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+    # A run may go on with other settings of this kind.
+    (small.output_folder / "model.safetensors").unlink()
+    shutil.rmtree(small.output_folder / "checkpoint-8")
+    resumed = train(replace(small, resume=True, gradient_checkpointing=False, slice_tokens=None))
+    found = load_file(resumed.output / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
 
 
 def test_nothing_is_left_to_resume(options: TrainOptions):
