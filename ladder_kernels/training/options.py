@@ -17,7 +17,7 @@ from ladder_kernels.training.formats import FORMATS
 if TYPE_CHECKING:
     from ladder_kernels.models.config import LadderConfig
 
-__all__ = ["REPORTERS", "SCHEDULES", "DataOptions", "TrainOptions"]
+__all__ = ["REPORTERS", "SCHEDULES", "DataOptions", "TrainOptions", "check_freeing"]
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr")
 """Learning-rate schedules that the options name; a ``Trainer`` of one's own knows more."""
@@ -180,8 +180,14 @@ class TrainOptions:
     max_grad_norm: float = _help("gradients are scaled down to this norm; 0 leaves them", 1.0)
     optimizer: str = _help(
         "one that transformers.TrainingArguments(optim=...) knows, such as adamw_torch_fused, "
-        "adamw_8bit (needs bitsandbytes), adafactor",
+        "adamw_8bit (its state in 8 bits, a quarter of the memory, on a CPU too; needs "
+        "bitsandbytes), adafactor",
         "adamw_torch_fused",
+    )
+    free_gradients: bool = _help(
+        "step each weight as soon as its gradient is whole, and free that: no two gradients wait "
+        "for each other, the bits are the same; needs max_grad_norm 0 and a single process",
+        False,
     )
     seed: int = _help("of initial weights and data order; the same seed gives the same bits", 0)
 
@@ -213,6 +219,8 @@ class TrainOptions:
             if value is not None:
                 _at_least(name, value, 2 if name == "context" else 1)
         _at_least("seed", self.seed, 0)
+        if self.free_gradients:
+            check_freeing(self.max_grad_norm)
         if self.slice_tokens is not None:
             _at_least("slice_tokens", self.slice_tokens, SMALLEST_SLICE)
         for name in ("warmup", "weight_decay", "max_grad_norm"):
@@ -277,6 +285,22 @@ class TrainOptions:
         return [
             f.name for f in fields(self) if f.name in shape and getattr(self, f.name) != f.default
         ]
+
+
+def check_freeing(max_grad_norm: float) -> None:
+    """Refuse to free gradients one by one where they are scaled by the norm of all.
+
+    Args:
+        max_grad_norm: As in :class:`TrainOptions`.
+
+    Raises:
+        ConfigError: If it is not 0.
+    """
+    if max_grad_norm:
+        raise ConfigError(
+            f"free_gradients: found True with max_grad_norm {max_grad_norm}, but a norm needs all "
+            "gradients at once; allowed is max_grad_norm 0"
+        )
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -114,6 +114,7 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         callbacks=[*own, *callbacks],
+        free_gradients=options.free_gradients,
     )
     trainer.remove_callback(PrinterCallback)  # ours says the same, readably
     if checkpoint is not None:

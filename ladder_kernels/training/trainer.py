@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ladder_kernels.errors import ConfigError
 from ladder_kernels.training.evaluation import Perplexity, sum_of_losses
+from ladder_kernels.training.freeing import GradientFreeing
+from ladder_kernels.training.options import check_freeing
 
 __all__ = ["PerplexityTrainer"]
 
@@ -20,11 +23,67 @@ class PerplexityTrainer(Trainer):
     ``Trainer``'s, which drives a :class:`~ladder_kernels.models.modeling.LadderForCausalLM` as it
     is.
 
+    Args:
+        arguments: As a plain ``Trainer``'s.
+        free_gradients: Step each weight as soon as its gradient is whole, and free that, while the
+            backward pass goes on. With accumulation that is in its last micro-batch. The weights
+            are the same by bits.
+        options: As a plain ``Trainer``'s.
+
     Attributes:
         steps_done: Optimizer steps of the checkpoint that training is to go on from.
+
+    Raises:
+        ConfigError: If gradients cannot be freed one by one: something needs them all at once (a
+            largest norm, the scaling of float16, the average over several processes).
     """
 
     steps_done = 0
+
+    def __init__(self, *arguments: Any, free_gradients: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._free_gradients = free_gradients
+        self._freeing: GradientFreeing | None = None
+        if free_gradients:
+            check_freeing(self.args.max_grad_norm)
+            if self.args.fp16:
+                raise ConfigError(
+                    "free_gradients: found True with fp16, whose scaling needs all gradients at "
+                    "once; allowed is bf16, or neither"
+                )
+            if self.args.world_size > 1:
+                raise ConfigError(
+                    f"free_gradients: found True on {self.args.world_size} processes, which "
+                    "average their gradients after the backward pass; allowed is one process"
+                )
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As a plain ``Trainer``'s."""
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self._stop_freeing()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As a plain ``Trainer``'s; with ``free_gradients``, it steps during backward passes."""
+        optimizer = super().create_optimizer(model)
+        if self._free_gradients:
+            self._stop_freeing()
+            # Accelerate's wrapper, on a further call, steps through the one inside.
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self._freeing = GradientFreeing(inner, lambda: self.accelerator.sync_gradients)
+        return optimizer
+
+    def _stop_freeing(self) -> None:
+        if self._freeing is not None:
+            self._freeing.close()
+            self._freeing = None
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """What is logged: of gradients that are gone already, where they were freed."""
+        if self._freeing is not None:
+            return self._freeing.take_norm()
+        return super()._get_grad_norm(model, grad_norm)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """As a plain ``Trainer``'s, which would take a further step after the last one."""

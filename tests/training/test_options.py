@@ -54,6 +54,11 @@ def test_data_options():
         ({"context": 1}, "context: found 1; it must be a whole number, 2 or more"),
         ({"batch_size": 0}, "batch_size: found 0"),
         ({"slice_tokens": 127}, "slice_tokens: found 127; it must be a whole number, 128 or more"),
+        (
+            {"free_gradients": True},
+            "free_gradients: found True with max_grad_norm 1.0, but a norm needs all gradients at "
+            "once; allowed is max_grad_norm 0",
+        ),
         ({"max_steps": 2.5}, "max_steps: found 2.5"),
         ({"learning_rate": 0}, "learning_rate: found 0; it must be a number above 0"),
         ({"warmup": -0.1}, "warmup: found -0.1; it must be a number 0 or more"),
