@@ -73,6 +73,9 @@ def fake_cuda() -> Iterator[torch.device]:
         _FakeCuda(),
     ):
         library.impl("scaled_dot_product_attention", _attention, "AutogradCUDA")
+        if not torch.cuda._is_compiled():
+            for name in _TAKEN_APART:
+                library.impl(name, _no_kernel, "CUDA")
         yield _GPU
 
 
@@ -122,6 +125,11 @@ def _asked_by_engine(func: Any) -> bool:
         value is func or (type(value) is tuple and any(each is func for each in value))
         for value in below.f_locals.values()
     )
+
+
+def _no_kernel(*_: Any) -> Tensor:
+    """Stands for a GPU's kernel; tensors without values never get there."""
+    raise BackendError("fake_cuda: found a tensor with values on a GPU; allowed are fake ones")
 
 
 def _every_place(tensor: Tensor) -> Tensor:
@@ -207,6 +215,10 @@ def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     mask = F.pad(mask, (0, -length % _STEP))[..., :length]
     return mask.expand(*query.shape[:3], key.shape[2])
 
+
+# Where no GPU has a kernel of them, PyTorch does not ask a mode but computes them in small steps,
+# each of which takes memory.
+_TAKEN_APART = ("silu_backward", "mish_backward")
 
 _IN_PLACE_OF = {
     torch.ops.aten.nonzero.default: _every_place,

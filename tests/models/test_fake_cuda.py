@@ -184,6 +184,17 @@ def test_attention_takes_a_gpus_kernels(dtype, masked, shared, kernel):
     assert (q.grad.shape, q.grad.device) == (q.shape, device)
 
 
+@pytest.mark.parametrize("name", ["silu", "mish"])
+def test_gradients_are_taken_whole(name):
+    with fake_cuda() as device, Watch() as watch:
+        x = torch.randn(3, 4, device=device, requires_grad=True)
+        getattr(torch.nn.functional, name)(x).sum().backward()
+    assert f"{name}_backward" in watch.names
+    assert "sigmoid" not in watch.names
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
 def test_getters_tell_the_truth():
     with fake_cuda() as device:
         x = torch.ones(3, 4, device="cuda", requires_grad=True)
