@@ -32,6 +32,17 @@ class ModelOptions:
     )
     base: str | None = _help("where a saved ladder's base is, if it has moved", None)
     gguf_file: str | None = _help("name of a GGUF file in the model's folder or repository", None)
+    weights: str | None = _help(
+        "where backbone weights live: resident (on the device), streamed (in the base's NF4 "
+        "files, see 'quantize'; one layer after another is read) or host (in pinned memory beside "
+        "a GPU); default resident",
+        None,
+    )
+    embeddings: str | None = _help(
+        "where the backbone's embeddings live: device, or host (in their file, where they lie in "
+        "one); default host if weights are streamed, else device",
+        None,
+    )
     activations: str | None = _help(
         "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 "
         "bits); default exact, or what a saved ladder was trained with",
@@ -82,6 +93,8 @@ def load(options: ModelOptions) -> tuple[LadderForCausalLM, bool]:
         ladder=None if saved else LadderConfig(rungs=((1,),), width=2, block="mlp"),
         base=options.base,
         gguf_file=options.gguf_file,
+        weights=options.weights,
+        embeddings=options.embeddings,
         activations=options.activations,
         dtype=options.dtype,
         device=device_of(options.device),

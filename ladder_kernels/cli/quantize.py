@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,11 @@ from ladder_kernels.cli.loading import device_of
 from ladder_kernels.errors import ConfigError, LadderKernelsError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
+
+    from ladder_kernels.models.backbone import Quantization
+    from ladder_kernels.models.saving import Saved, Saves
 
 __all__ = ["command"]
 
@@ -72,6 +77,9 @@ def command(
 ) -> None:
     """Write a model in NF4, as bitsandbytes has it, to be the base of ladders.
 
+    Weights are read, quantised and written one after another, so a model may be larger than the
+    memory. From such a folder, train can stream them: --weights streamed.
+
     Rounding for --calibration texts loses far less than rounding to nearest, in the same format.
     """
     sources = list(calibration or ())
@@ -81,9 +89,10 @@ def command(
     go_offline_without_hub(model, *sources)
     check_model(model, gguf_file)
 
+    from ladder_kernels.models.backbone import Quantization
     from ladder_kernels.models.loading import load_config
-    from ladder_kernels.models.pretrained import generation_config_of, load_base
-    from ladder_kernels.models.saving import check_is_new, save_backbone
+    from ladder_kernels.models.pretrained import generation_config_of
+    from ladder_kernels.models.saving import check_is_new
     from ladder_kernels.training.data import calibration_rows
 
     # What may be refused, before what takes long.
@@ -101,21 +110,46 @@ def command(
             sources, tokenizer, tokens=_TOKENS if tokens is None else tokens, context=context
         )
         say(f"calibrating with {sum(map(len, rows)):,} tokens; this may take minutes")
+    others = [each for each in (tokenizer, generation_config_of(model)) if each is not None]
+    settings = Quantization(blocksize, double_quant, quantize_head, rows is not None)
+    saved = _write(model, output, others, settings, gguf_file, dtype, place, rows)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(
+        f"{output}: {saved.parameters / 1e6:,.1f} M parameters, {saved.nf4_bytes / 1e6:,.1f} MB "
+        f"of NF4, {size / 1e6:,.1f} MB in all"
+    )
+
+
+def _write(
+    model: str,
+    output: Path,
+    others: Sequence[Saves],
+    settings: Quantization,
+    gguf_file: str | None,
+    dtype: str | None,
+    place: torch.device,
+    rows: list[list[int]] | None,
+) -> Saved:
+    """Write the folder: weight by weight where each is for itself, else from a whole backbone."""
+    from ladder_kernels.models.loading import SUPPORTED_NATIVE, default_dtype, open_model
+    from ladder_kernels.models.pretrained import compute_dtype_of, load_base
+    from ladder_kernels.models.saving import quantize_model, save_backbone
+
+    if rows is None:
+        config, source = open_model(model, gguf_file)
+        if config.model_type in SUPPORTED_NATIVE:
+            kept = compute_dtype_of(dtype) or default_dtype(place)
+            return quantize_model(
+                source, config, output, *others, quantization=settings, dtype=kept
+            )
     options = {
-        "blocksize": blocksize,
-        "double_quant": double_quant,
-        "quantize_head": quantize_head,
+        "blocksize": settings.blocksize,
+        "double_quant": settings.double_quant,
+        "quantize_head": settings.quantize_head,
         "gguf_file": gguf_file,
         "calibration": rows,
     }
-    backbone = load_base(model, dtype, place, options)
-    beside = (tokenizer, generation_config_of(model))
-    save_backbone(backbone, output, *(each for each in beside if each is not None))
-    size = sum(path.stat().st_size for path in output.iterdir())
-    print(
-        f"{output}: {backbone.num_parameters() / 1e6:,.1f} M parameters, "
-        f"{backbone.nf4_bytes() / 1e6:,.1f} MB of NF4, {size / 1e6:,.1f} MB in all"
-    )
+    return save_backbone(load_base(model, dtype, place, options), output, *others)
 
 
 def _tokenizer(

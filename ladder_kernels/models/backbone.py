@@ -17,6 +17,7 @@ from torch import nn
 
 from ladder_kernels.accounts import count_as
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
+from ladder_kernels.memory.placement import ON_DEVICE
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout
@@ -101,6 +102,7 @@ class Backbone(nn.Module):
         slices: Whether a frozen pass can take tokens in slices (:attr:`slice_tokens`).
         config: The transformers configuration of the base model.
         quantization: How float weights were quantised.
+        placement: Where its weights are.
         fingerprint: sha256 (hex) of the weights and of the configuration that changes the function.
         name_or_path: Where the base came from, as the user gave it.
         softcap: Cap of ``cap * tanh(logits / cap)``, or ``None``.
@@ -124,6 +126,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.quantization = quantization
+        self.placement = ON_DEVICE
         self.fingerprint = fingerprint
         self.name_or_path = name_or_path
         self.softcap: float | None = None
@@ -228,6 +231,10 @@ class Backbone(nn.Module):
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
         """Every weight once, by its name in a transformers checkpoint; linear ones ``[N, K]``."""
 
+    def described_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
+        """As :meth:`named_weights`, but the values need not be there."""
+        return self.named_weights()
+
     def stored_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
         """As :meth:`named_weights`, each in the orientation that a checkpoint has it in."""
         return self.named_weights()
@@ -286,6 +293,11 @@ class Backbone(nn.Module):
         """Where the weights are."""
         return self.embedding.device
 
+    @property
+    def streams(self) -> bool:
+        """Whether layers are brought to the device one after another, so that each costs time."""
+        return False
+
     def num_parameters(self) -> int:
         """Number of weights of the base model; NF4 ones count as the matrices they stand for."""
         return sum(weight.numel for weight in self._quantized()) + sum(
@@ -297,10 +309,10 @@ class Backbone(nn.Module):
         return sum(weight.nbytes for weight in self._quantized())
 
     def _quantized(self) -> Iterator[NF4Weight]:
-        return (weight for _, weight in self.named_weights() if isinstance(weight, NF4Weight))
+        return (each for _, each in self.described_weights() if isinstance(each, NF4Weight))
 
     def _floats(self) -> Iterator[torch.Tensor]:
-        return (weight for _, weight in self.named_weights() if isinstance(weight, torch.Tensor))
+        return (each for _, each in self.described_weights() if isinstance(each, torch.Tensor))
 
     def check_activations(self, activations: str) -> None:
         """Refuse a way of taking activations that a layer cannot go.

@@ -176,6 +176,10 @@ class GGUFSource:
         weights = self._processor.process(weights=self._float(theirs), name=theirs).weights
         return torch.from_numpy(np.require(weights, np.float32, ("C", "W")))
 
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Nothing: the blocks of a file are dequantised, and layouts differ."""
+        return None
+
 
 def _line(error: Exception) -> str:
     """The first line of an error's message."""

@@ -21,6 +21,7 @@ from ladder_kernels.errors import (
     MissingFileError,
     UnsupportedModelError,
 )
+from ladder_kernels.memory.placement import ON_DEVICE, Placement
 from ladder_kernels.models.architecture import FAMILIES, Architecture
 from ladder_kernels.models.backbone import Backbone, Quantization
 from ladder_kernels.models.calibration import check_rows
@@ -46,6 +47,8 @@ __all__ = [
     "default_dtype",
     "load_backbone",
     "load_config",
+    "open_model",
+    "reader_for",
 ]
 
 SUPPORTED_NATIVE: tuple[str, ...] = tuple(sorted(FAMILIES))
@@ -69,6 +72,8 @@ def load_backbone(
     quantize_head: bool = False,
     gguf_file: str | None = None,
     calibration: Sequence[Sequence[int] | torch.Tensor] | None = None,
+    weights: str = "resident",
+    embeddings: str | None = None,
 ) -> Backbone:
     """Load a frozen backbone, quantising tensor by tensor.
 
@@ -89,6 +94,12 @@ def load_backbone(
         gguf_file: Name of a GGUF file in the folder or hub repository.
         calibration: Token ids of some texts, each a list or a 1-D tensor; 16 thousand tokens of
             what the model shall be good at are enough. For native backbones, from float weights.
+        weights: Where the layers' weights are: "resident", on the device; "streamed", in the
+            folder's files, from which one layer after another is read; or "host", in pinned memory
+            beside a GPU, from which one after another is copied. Streamed weights must be NF4 in
+            safetensors files, as :func:`~ladder_kernels.models.saving.quantize_model` writes them.
+        embeddings: Where the embeddings are: "device", or "host", in their file if they lie in
+            one, from which rows are gathered; default "host" if weights are streamed.
 
     Returns:
         The backbone.
@@ -103,8 +114,9 @@ def load_backbone(
     """
     place = torch.device(device or "cpu")
     settings = Quantization(blocksize, double_quant, quantize_head, calibration is not None)
-    config, source = _open(str(name_or_path), gguf_file)
-    return _build(config, source, settings, dtype, place, str(name_or_path), calibration)
+    placement = Placement.of(weights, embeddings)
+    config, source = open_model(str(name_or_path), gguf_file)
+    return _build(config, source, settings, dtype, place, str(name_or_path), calibration, placement)
 
 
 def load_config(name_or_path: str | Path, *, gguf_file: str | None = None) -> Any:
@@ -112,11 +124,14 @@ def load_config(name_or_path: str | Path, *, gguf_file: str | None = None) -> An
 
     Arguments and errors are those of :func:`load_backbone`.
     """
-    return _open(str(name_or_path), gguf_file)[0]
+    return open_model(str(name_or_path), gguf_file)[0]
 
 
-def _open(name: str, gguf_file: str | None) -> tuple[Any, TensorSource]:
-    """The configuration of a model, and where its tensors are."""
+def open_model(name: str, gguf_file: str | None) -> tuple[Any, TensorSource]:
+    """The configuration of a model, and where its tensors are.
+
+    Arguments and errors are those of :func:`load_backbone`.
+    """
     path = _resolve(name, gguf_file)
     if gguf_file is not None or path.is_file():
         gguf_source = GGUFSource(path)
@@ -164,6 +179,8 @@ def backbone_from_config(
     blocksize: int = 64,
     double_quant: bool = True,
     quantize_head: bool = False,
+    weights: str = "resident",
+    embeddings: str | None = None,
 ) -> Backbone:
     """A backbone whose weights have shapes and no values, to trace what a model would do.
 
@@ -175,6 +192,9 @@ def backbone_from_config(
         blocksize: Weights that share a scale.
         double_quant: Whether their scales are quantised too.
         quantize_head: Whether the output head is quantised as well.
+        weights: Where the layers' weights are, as for :func:`load_backbone`; of streamed ones, and
+            of those on the host, the device holds two slots.
+        embeddings: Where the embeddings are, as there.
 
     Returns:
         The backbone. Its fingerprint is that of no other one.
@@ -196,7 +216,9 @@ def backbone_from_config(
     else:
         shapes = Architecture.of(config).shapes(tied=bool(config.tie_word_embeddings))
     settings = Quantization(blocksize, double_quant, quantize_head)
-    return _build(config, EmptySource(shapes, place, dtype), settings, dtype, place, "")
+    placement = Placement.of(weights, embeddings)
+    source = EmptySource(shapes, place, dtype)
+    return _build(config, source, settings, dtype, place, "", None, placement)
 
 
 def _build(
@@ -207,30 +229,32 @@ def _build(
     device: torch.device,
     name: str,
     calibration: Sequence[Sequence[int] | torch.Tensor] | None = None,
+    placement: Placement = ON_DEVICE,
 ) -> Backbone:
     compute = dtype or default_dtype(device)
     _check_model_type(config.model_type, config.to_dict())
+    placement.check_device(device)
     texts = None
     if calibration is not None:
         _check_calibrated(config.model_type, source)
+        if placement != ON_DEVICE:
+            raise ConfigError(
+                "calibration: found texts, for which weights are rounded while all of them are at "
+                "hand; allowed are weights='resident' and embeddings='device'"
+            )
         texts = check_rows(
             calibration,
             vocab_size=config.vocab_size,
             max_context=getattr(config, "max_position_embeddings", None),
         )
     if config.model_type in HOOKED:
+        _check_resident(config.model_type, placement)
         return HookedBackbone(
             config, source, quantization=settings, dtype=compute, device=device, name_or_path=name
         )
     architecture = Architecture.of(config)
-    tied = bool(config.tie_word_embeddings)
-    reader = WeightReader(
-        source,
-        shapes=architecture.shapes(tied=tied),
-        quantization=settings,
-        dtype=compute,
-        device=device,
-        tied=("lm_head.weight",) if tied else (),
+    reader = reader_for(
+        config, architecture, source, settings, dtype=compute, device=device, placement=placement
     )
     return NativeBackbone(
         config,
@@ -240,6 +264,59 @@ def _build(
         name_or_path=name,
         calibration=texts,
     )
+
+
+def reader_for(
+    config: Any,
+    architecture: Architecture,
+    source: TensorSource,
+    settings: Quantization,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    placement: Placement = ON_DEVICE,
+) -> WeightReader:
+    """A reader of the weights of a model of our own.
+
+    Args:
+        config: Its transformers configuration.
+        architecture: The same, resolved.
+        source: Where its tensors are.
+        settings: How they are quantised.
+        dtype: Compute dtype.
+        device: Where the weights shall be.
+        placement: What of them shall be elsewhere.
+
+    Raises:
+        CheckpointError: If tensors are missing or have another shape.
+    """
+    tied = bool(config.tie_word_embeddings)
+    return WeightReader(
+        source,
+        shapes=architecture.shapes(tied=tied),
+        quantization=settings,
+        dtype=dtype,
+        device=device,
+        placement=placement,
+        tied=("lm_head.weight",) if tied else (),
+    )
+
+
+def _check_resident(model_type: str, placement: Placement) -> None:
+    """Refuse to place weights of transformers' layers elsewhere.
+
+    Raises:
+        UnsupportedModelError: If any of them shall not be on the device.
+    """
+    for name, value, allowed in (
+        ("weights", placement.weights, "resident"),
+        ("embeddings", placement.embeddings, "device"),
+    ):
+        if value != allowed:
+            raise UnsupportedModelError(
+                f"{name}: found {value!r}, but '{model_type}' runs on the layers of transformers; "
+                f"allowed is '{allowed}', or one of {', '.join(SUPPORTED_NATIVE)}"
+            )
 
 
 def _check_calibrated(model_type: str, source: TensorSource) -> None:

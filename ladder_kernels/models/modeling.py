@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ladder_kernels.errors import ConfigError
+from ladder_kernels.memory.placement import Placement
 from ladder_kernels.models import checkpoint, pretrained
 from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.config import (
@@ -99,7 +100,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         backbone: Backbone,
         ladder: LadderConfig | None = None,
         *,
-        weights: str = "resident",
+        weights: str | None = None,
+        embeddings: str | None = None,
         taps: str = "device",
         tap_dtype: str | torch.dtype = "bfloat16",
         activations: str = "exact",
@@ -110,7 +112,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         Args:
             backbone: The frozen model; it is not copied.
             ladder: Shape of the ladder; default :meth:`LadderConfig.recommended`.
-            weights: Where backbone weights live: "resident", on the model's device.
+            weights: Where the backbone's weights live, if it shall be checked: its loader decided.
+            embeddings: The same of its embeddings.
             taps: Where taps wait between the two passes: "device", the model's.
             tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32".
             activations: How the backbone's NF4 layers take their inputs: "exact", or "int8",
@@ -125,7 +128,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: If an option is not allowed or the ladder does not fit the backbone.
         """
-        pretrained.check_placements(weights, taps)
+        pretrained.check_placements(taps)
+        pretrained.check_as_placed(backbone, weights, embeddings)
         dtype = tap_dtype_of(tap_dtype)
         ladder = LadderConfig.recommended() if ladder is None else ladder
         config = LadderModelConfig.for_backbone(
@@ -145,7 +149,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
         ladder: LadderConfig | None = None,
-        weights: str = "resident",
+        weights: str | None = None,
+        embeddings: str | None = None,
         taps: str = "device",
         tap_dtype: str | torch.dtype | None = None,
         activations: str | None = None,
@@ -169,7 +174,12 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             model_args: None are taken; here because transformers' own method has them.
             ladder: Shape of a new ladder; default :meth:`LadderConfig.recommended`. Not for a
                 saved ladder, which has its own.
-            weights: Where backbone weights live: "resident", on the model's device.
+            weights: Where the weights of the backbone's layers live: "resident", the default, on
+                the model's device; "streamed", in the base's NF4 files, from which one layer after
+                another is read; or "host", in pinned memory beside a GPU. See
+                :func:`~ladder_kernels.models.loading.load_backbone`.
+            embeddings: Where its embeddings live: "device", or "host", in their file if they lie
+                in one. Default "host" if weights are streamed, else "device".
             taps: Where taps wait between the two passes: "device", the model's.
             tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32". Default bfloat16,
                 or what a saved ladder was trained with.
@@ -206,7 +216,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             UnsupportedModelError: If the base's architecture cannot carry a ladder.
         """
         pretrained.check_options(model_args, options)
-        pretrained.check_placements(weights, taps)
+        pretrained.check_placements(taps)
+        Placement.of("resident" if weights is None else weights, embeddings)
         if activations is not None:
             check_activations(activations)
         name = os.fspath(pretrained_model_name_or_path)
@@ -216,6 +227,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             "quantize_head": quantize_head,
             "gguf_file": gguf_file,
             "calibration": calibration,
+            "weights": weights,
+            "embeddings": embeddings,
         }
         saved = pretrained.find_saved_ladder(name, revision) if gguf_file is None else None
         if saved is None:
@@ -319,8 +332,9 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> LadderForCausalLM:
-        super()._apply(fn, recurse)
+        # First what may refuse, so that nothing is left half done.
         self._backbone._apply(fn)
+        super()._apply(fn, recurse)
         return self
 
     def _init_weights(self, module: nn.Module) -> None:

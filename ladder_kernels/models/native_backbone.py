@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
+from ladder_kernels.errors import ConfigError
 from ladder_kernels.models.architecture import Architecture
 from ladder_kernels.models.backbone import Backbone, Quantization, Work
 from ladder_kernels.models.calibration import CalibrationPass, LayerInputs
@@ -254,10 +255,14 @@ class NativeBlock(nn.Module):
 class NativeBackbone(Backbone):
     """A frozen model of one of :data:`~ladder_kernels.models.architecture.FAMILIES`.
 
+    Where its weights are is the reader's :class:`~ladder_kernels.memory.placement.Placement`. If
+    layers are streamed, their buffers are views of two slots, and hold the weights of one layer or
+    another: those of a layer are there while it runs.
+
     Args:
         config: Its transformers configuration.
         architecture: The same, resolved.
-        reader: Where the weights come from.
+        reader: Where the weights come from, and where they go.
         quantization: How they are quantised.
         name_or_path: Where the base came from, as the user gave it.
         calibration: Token ids of texts, int64 ``[S]`` each, that the layers are quantised for.
@@ -267,7 +272,7 @@ class NativeBackbone(Backbone):
     reenters: ClassVar[bool] = True
     slices: ClassVar[bool] = True
 
-    embed: torch.Tensor
+    embed: torch.Tensor | None
     norm: torch.Tensor
     float_head: torch.Tensor | None
 
@@ -283,12 +288,27 @@ class NativeBackbone(Backbone):
     ) -> None:
         super().__init__(config, quantization=quantization, name_or_path=name_or_path)
         self.architecture = architecture
+        self.placement = reader.placement
         self.rotary = Rotary(config, architecture.head_dim).to(reader.device)
         tied = bool(config.tie_word_embeddings)
-        self.register_buffer("embed", reader.tensor("model.embed_tokens.weight"), persistent=False)
+        # Not a buffer on the host: neither a move nor a cast may copy what lies in a file.
+        on_host = reader.placement.embeddings == "host"
+        take = reader.host_tensor if on_host else reader.tensor
+        table = take("model.embed_tokens.weight")
+        self.register_buffer("embed", None if on_host else table, persistent=False)
+        self._host_embed = table if on_host else None
+        if reader.placement.streams:
+            linears = [name for name, _, _ in architecture.linears().values()]
+            reader.stream_layers(
+                [
+                    [f"model.layers.{layer}.{name}.weight" for name in linears]
+                    for layer in range(architecture.num_layers)
+                ]
+            )
+        self._stream = reader.stream
         texts = None
         if calibration is not None:
-            texts = CalibrationPass(calibration, self.embed, self.rotary)
+            texts = CalibrationPass(calibration, table, self.rotary)
         self.blocks = nn.ModuleList(
             NativeBlock(architecture, layer, reader, texts)
             for layer in range(architecture.num_layers)
@@ -311,11 +331,19 @@ class NativeBackbone(Backbone):
         self.register_buffer(
             "float_head", head if isinstance(head, torch.Tensor) else None, persistent=False
         )
+        self._check_tied_head(self.device, self.dtype)
         self.fingerprint = reader.fingerprint({"llama_family": architecture.fingerprint()})
 
     @property
     def embedding(self) -> torch.Tensor:
-        """The token embeddings ``[V, D]`` in the compute dtype."""
+        """The token embeddings ``[V, D]``.
+
+        In the compute dtype and on the device; on the host, if they were placed there, in that of
+        the file in which they lie.
+        """
+        if self._host_embed is not None:
+            return self._host_embed
+        assert self.embed is not None  # one of the two is there
         return self.embed
 
     @property
@@ -323,7 +351,77 @@ class NativeBackbone(Backbone):
         """The output head ``[V, D]``; the embeddings themselves when they are tied and float."""
         if self.nf4_head is not None:
             return self.nf4_head.weight
-        return self.embed if self.float_head is None else self.float_head
+        return self.embedding if self.float_head is None else self.float_head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.norm.device
+
+    @property
+    def streams(self) -> bool:
+        """Whether layers are brought to the device one after another."""
+        return self._stream is not None
+
+    def close(self) -> None:
+        """End the thread that reads streamed weights and close their files; a no-op without.
+
+        The same happens when the backbone is garbage-collected.
+        """
+        if self._stream is not None:
+            self._stream.close()
+
+    def _check_tied_head(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Refuse embeddings on the host that are a float head which cannot be used there.
+
+        Raises:
+            ConfigError: If the head is the embeddings, on the host, and products with it would need
+                them on ``device`` or in ``dtype``.
+        """
+        table = self._host_embed
+        if table is None or self.nf4_head is not None or self.float_head is not None:
+            return
+        if table.device != device:
+            raise ConfigError(
+                f"embeddings: found 'host', but they are the output head too, which is needed on "
+                f"{device}; allowed are quantize_head=True, or embeddings='device'"
+            )
+        if table.dtype != dtype:
+            raise ConfigError(
+                f"embeddings: found 'host', where they lie in their file in {_short(table.dtype)}, "
+                f"but they are the output head too, which is needed in {_short(dtype)}; allowed "
+                f"are dtype='{_short(table.dtype)}', quantize_head=True, or embeddings='device'"
+            )
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> NativeBackbone:
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self._check_tied_head(probe.device, probe.dtype)
+        if self._stream is not None and probe.device != self.device:
+            raise ConfigError(
+                f"a backbone whose weights are {self.placement.weights} stays on {self.device}; "
+                f"load it with device='{probe.device}' to have it there"
+            )
+        super()._apply(fn, recurse)
+        return self
+
+    def _bring(self, layer: int, then: int | None = None) -> None:
+        """Make a layer's weights real, if they are streamed, and begin with another's."""
+        if self._stream is not None:
+            self._stream.fetch(layer, then)
+
+    def _in_turn(self, start: int, stop: int) -> Iterator[NativeBlock]:
+        """Blocks ``start`` to ``stop`` (exclusive), each real until the next is taken."""
+        for layer, block in enumerate(list(self.blocks)[start:stop], start=start):
+            if isinstance(block, NativeBlock):
+                self._bring(layer, layer + 1 if layer + 1 < stop else None)
+                yield block
 
     @property
     def intermediate_size(self) -> int:
@@ -338,24 +436,24 @@ class NativeBackbone(Backbone):
             if states.is_floating_point():
                 states = states.clone()
             else:
-                states = nn.functional.embedding(states, self.embed)
+                states = self._embedded(states)
             work.emit(0, states)
             hidden.append(states)
         rotary = [self.rotary(work.layout.position_ids, self.dtype) for work in works]
         parts = [
             token_slices(work.layout.batch, work.layout.length, self.slice_tokens) for work in works
         ]
-        for layer, block in enumerate(self._frozen_blocks(stop), start=1):
+        for layer, block in enumerate(self._in_turn(0, stop), start=1):
             for index, work in enumerate(works):
                 states = hidden[index]
                 block.advance(states, work.layout, rotary[index], work.cache, parts[index])
                 work.emit(layer, states)
 
-    def _frozen_blocks(self, stop: int) -> Iterator[NativeBlock]:
-        """The first ``stop`` blocks, bottom first."""
-        for block in list(self.blocks)[:stop]:
-            if isinstance(block, NativeBlock):
-                yield block
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of the embeddings, ``[B, S, D]``, gathered where they are."""
+        table = self.embedding
+        rows = nn.functional.embedding(tokens.to(table.device), table)
+        return rows.to(device=self.device, dtype=self.dtype)
 
     def _block_modules(self) -> Sequence[nn.Module]:
         return list(self.blocks)
@@ -370,13 +468,29 @@ class NativeBackbone(Backbone):
         recompute: bool,
     ) -> torch.Tensor:
         rotary = self.rotary(layout.position_ids, self.dtype)
-        for index, block in enumerate(list(self.blocks)[start:]):
-            own = adapters[index] if adapters else None
+        # What autograd would keep of a layer is gone when the next but one is brought in.
+        recompute = recompute or (self.streams and torch.is_grad_enabled())
+        for layer in range(start, self.num_layers):
+            own = adapters[layer - start] if adapters else None
+            block = self._above(layer, start)
             if recompute:
                 hidden = checkpoint(block, hidden, layout, rotary, cache, own, use_reentrant=False)
             else:
                 hidden = block(hidden, layout, rotary, cache, own)
         return hidden
+
+    def _above(self, layer: int, start: int) -> Callable[..., torch.Tensor]:
+        """A layer above a re-entry: run once upwards, and run again downwards if recomputed."""
+        ran = False
+
+        def run(*inputs: Any) -> torch.Tensor:
+            nonlocal ran
+            then = layer - 1 if ran else layer + 1
+            ran = True
+            self._bring(layer, then if start <= then < self.num_layers else None)
+            return self.blocks[layer](*inputs)
+
+        return run
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """``(N, K)`` of the linear layers of a block, by role."""
@@ -386,9 +500,21 @@ class NativeBackbone(Backbone):
         return rms_norm(y, self.norm, self.architecture.eps)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
-        """Every weight once, by its name in a transformers checkpoint; linear ones ``[N, K]``."""
-        yield "model.embed_tokens.weight", self.embed
-        for layer, block in enumerate(self.blocks):
+        """Every weight once, by its name in a transformers checkpoint; linear ones ``[N, K]``.
+
+        Streamed ones are there until one of the next layer is asked for.
+        """
+        return self._weights(self._in_turn(0, self.num_layers))
+
+    def described_weights(self) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
+        """As :meth:`named_weights`, but streamed values are not fetched."""
+        return self._weights(self.blocks)
+
+    def _weights(
+        self, blocks: Iterable[nn.Module]
+    ) -> Iterator[tuple[str, torch.Tensor | NF4Weight]]:
+        yield "model.embed_tokens.weight", self.embedding
+        for layer, block in enumerate(blocks):
             prefix = f"model.layers.{layer}."
             for role, (name, _, _) in self.architecture.linears().items():
                 linear = getattr(block, role)
@@ -399,19 +525,22 @@ class NativeBackbone(Backbone):
                 yield f"{prefix}{name}.weight", getattr(block, role)
         yield "model.norm.weight", self.norm
         head = self.head
-        if head is not self.embed:
+        if head is not self.embedding:
             yield "lm_head.weight", head
 
     def float_linears(self) -> list[str]:
         """Linear layers that are not quantised, by module name in transformers."""
         return [
             name.removesuffix(".weight")
-            for name, weight in self.named_weights()
-            if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight is not self.embed
-        ] + (["lm_head"] if self.head is self.embed else [])
+            for name, weight in self.described_weights()
+            if isinstance(weight, torch.Tensor)
+            and weight.dim() == 2
+            and weight is not self.embedding
+        ] + (["lm_head"] if self.head is self.embedding else [])
 
     def block_weights(self, layer: int) -> dict[str, torch.Tensor]:
         """The weights of one block as fp32 tensors by role; see :class:`Backbone`."""
+        self._bring(layer)
         block = self.blocks[layer]
         weights = {}
         for role in self.architecture.linears():
@@ -424,3 +553,7 @@ class NativeBackbone(Backbone):
         for role in ("input_norm", "post_norm"):
             weights[role] = getattr(block, role).float()
         return weights
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

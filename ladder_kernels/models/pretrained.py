@@ -20,16 +20,17 @@ from ladder_kernels.models.config import TAP_DTYPES, LadderModelConfig
 
 __all__ = [
     "SavedLadder",
+    "check_as_placed",
     "check_fingerprint",
     "check_options",
     "check_placements",
+    "compute_dtype_of",
     "find_saved_ladder",
     "generation_config_of",
     "load_base",
     "load_base_of",
 ]
 
-WEIGHT_PLACEMENTS = ("resident",)
 TAP_STORES = ("device",)
 COMPUTE_DTYPES = {**TAP_DTYPES, "float64": torch.float64}
 
@@ -52,19 +53,33 @@ class SavedLadder:
     weights: Path
 
 
-def check_placements(weights: str, taps: str) -> None:
+def check_placements(taps: str) -> None:
     """Refuse placements that do not exist.
 
     Raises:
         ConfigError: Naming what does.
     """
-    for name, value, allowed in (
-        ("weights", weights, WEIGHT_PLACEMENTS),
-        ("taps", taps, TAP_STORES),
-    ):
-        if value not in allowed:
+    if taps not in TAP_STORES:
+        raise ConfigError(f"taps: found {taps!r}; allowed are {', '.join(map(repr, TAP_STORES))}")
+
+
+def check_as_placed(backbone: Backbone, weights: str | None, embeddings: str | None) -> None:
+    """Refuse to place the weights of a backbone otherwise than it was loaded.
+
+    Args:
+        backbone: In memory.
+        weights: As its loader takes it, or ``None`` for wherever they are.
+        embeddings: The same.
+
+    Raises:
+        ConfigError: Naming where they are.
+    """
+    for name, value in (("weights", weights), ("embeddings", embeddings)):
+        found = getattr(backbone.placement, name)
+        if value not in (None, found):
             raise ConfigError(
-                f"{name}: found {value!r}; allowed are {', '.join(map(repr, allowed))}"
+                f"{name}: found {value!r}, but the given backbone was loaded with {name}="
+                f"{found!r}; load it otherwise (load_backbone), or leave the option out"
             )
 
 
@@ -141,10 +156,15 @@ def load_base(
     from ladder_kernels.models.loading import load_backbone
 
     options = {key: value for key, value in quantization.items() if value is not None}
-    return load_backbone(os.fspath(name), dtype=_compute_dtype_of(dtype), device=device, **options)
+    return load_backbone(os.fspath(name), dtype=compute_dtype_of(dtype), device=device, **options)
 
 
-def _compute_dtype_of(value: str | torch.dtype | None) -> torch.dtype | None:
+def compute_dtype_of(value: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a name of :data:`COMPUTE_DTYPES` means; ``None`` for the device's default.
+
+    Raises:
+        ConfigError: If it is none of them.
+    """
     if value is None or value == "auto":
         return None
     for name, dtype in COMPUTE_DTYPES.items():
@@ -170,6 +190,7 @@ def load_base_of(
             given.
     """
     if isinstance(base, Backbone):
+        check_as_placed(base, quantization.get("weights"), quantization.get("embeddings"))
         return base
     if base is None and not config.base_name_or_path:
         raise ConfigError(

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ladder_kernels.errors import CheckpointError, MissingFileError, UnsupportedModelError
+from ladder_kernels.memory.streaming import Extent, PackedWeight
+from ladder_kernels.memory.tensor_file import TensorFile
 from ladder_kernels.nf4 import NF4Weight
-from ladder_kernels.nf4.checkpoint import from_state_dict, is_quantized, state_keys
+from ladder_kernels.nf4.checkpoint import (
+    from_state_dict,
+    is_quantized,
+    state_keys,
+    tensor_keys,
+)
 
 __all__ = ["EmptySource", "ModuleSource", "SafetensorsSource", "read_json"]
 
@@ -57,15 +63,15 @@ class SafetensorsSource:
     def __init__(self, folder: Path, *, prequantized: bool = False) -> None:
         self.where = str(folder)
         self.prequantized = prequantized
-        self._open: tuple[Path, Any] | None = None
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, TensorFile] = {}
         self._shapes: dict[str, tuple[int, ...] | None] = {}
+        self._last: TensorFile | None = None
         shapes: dict[str, tuple[int, ...]] = {}
         for path in _model_files(folder):
-            handle = self._handle(path)
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                self._files[name] = path
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
+            file = TensorFile(path)
+            for name, entry in file.entries.items():
+                self._files[name] = file
+                shapes[name] = entry.shape
         belongs_to_another: set[str] = set()
         for name in shapes:
             if is_quantized(name, shapes):
@@ -74,18 +80,6 @@ class SafetensorsSource:
         for name, shape in shapes.items():
             if name not in belongs_to_another:
                 self._shapes.setdefault(name, shape)
-
-    def _handle(self, path: Path) -> Any:
-        # One file at a time: its pages are given back when the next one is opened.
-        if self._open is None or self._open[0] != path:
-            self._open = None
-            try:
-                self._open = (path, safe_open(path, framework="pt", device="cpu"))
-            except FileNotFoundError:
-                raise MissingFileError(f"'{path}' does not exist") from None
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"'{path}' is truncated or corrupt: {error}") from None
-        return self._open[1]
 
     def shapes(self) -> Mapping[str, tuple[int, ...] | None]:
         """Shape of every tensor by name; ``None`` for those that are quantised."""
@@ -99,12 +93,31 @@ class SafetensorsSource:
         tensors = {key: self._tensor(key).clone() for key in state_keys(name, self._files)}
         return from_state_dict(name, tensors)
 
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """A float tensor as it lies in its file: pages of the file, not to be written to."""
+        return self._files[name].mapped(name)
+
+    def packed(self, name: str) -> PackedWeight:
+        """Where a quantised tensor lies in its files.
+
+        Raises:
+            CheckpointError: If a part of it is missing or does not fit the others.
+        """
+        views = {key: self._files[key].mapped(key) for key in state_keys(name, self._files)}
+        template = from_state_dict(name, views)
+        extents = {}
+        for field, key in tensor_keys(name, template).items():
+            file = self._files[key]
+            extents[field] = Extent(file.path, file.entries[key].offset)
+        return PackedWeight(name, template, extents, self._files[name].digests.get(name))
+
     def _tensor(self, name: str) -> torch.Tensor:
-        path = self._files[name]
-        try:
-            return self._handle(path).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"'{path}' is truncated or corrupt: {error}") from None
+        file = self._files[name]
+        # One file at a time: its pages are given back when the next one is read.
+        if self._last is not None and self._last is not file:
+            self._last.unmap()
+        self._last = file
+        return file.mapped(name)
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -161,6 +174,10 @@ class ModuleSource:
         weight = NF4Weight.from_bitsandbytes(parameter.detach(), state).to("cpu")
         return replace(weight, **{key: value.clone() for key, value in weight.tensors().items()})
 
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """Nothing: no tensor lies in a file."""
+        return None
+
 
 class EmptySource:
     """Tensors without values, for a model that is only traced.
@@ -188,3 +205,8 @@ class EmptySource:
     def read(self, name: str) -> torch.Tensor | NF4Weight:
         """One tensor."""
         return torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)
+
+    def mapped(self, name: str) -> torch.Tensor | None:
+        """One tensor on the host; where nothing has a place, in no place."""
+        place = self._device if self._device.type == "meta" else torch.device("cpu")
+        return torch.empty(self._shapes[name], dtype=self._dtype, device=place)

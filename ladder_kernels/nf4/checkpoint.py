@@ -23,7 +23,14 @@ from ladder_kernels.nf4.codebook import nf4_code
 from ladder_kernels.nf4.quantize import BLOCKSIZES, NESTED_BLOCKSIZE, QUANTIZABLE
 from ladder_kernels.nf4.weight import NF4Weight
 
-__all__ = ["from_state_dict", "is_quantized", "state_keys", "to_state_dict"]
+__all__ = [
+    "from_state_dict",
+    "is_quantized",
+    "is_state",
+    "state_keys",
+    "tensor_keys",
+    "to_state_dict",
+]
 
 _STATE = "quant_state.bitsandbytes__"
 _TENSORS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -38,6 +45,25 @@ def state_keys(name: str, keys: Iterable[str]) -> list[str]:
 def is_quantized(name: str, keys: Iterable[str]) -> bool:
     """Whether ``keys`` hold a 4-bit state (NF4 or not) for the weight ``name``."""
     return any(key.startswith(f"{name}.{_STATE}") for key in keys)
+
+
+def tensor_keys(name: str, weight: NF4Weight) -> dict[str, str]:
+    """Under which key a file has each tensor of a weight, by field.
+
+    The offset of the scales is in the state, not in a tensor.
+    """
+    keys = {
+        "packed": name,
+        "absmax": f"{name}.absmax",
+        "nested_absmax": f"{name}.nested_absmax",
+        "nested_code": f"{name}.nested_quant_map",
+    }
+    return {field: key for field, key in keys.items() if field in weight.tensors()}
+
+
+def is_state(key: str) -> bool:
+    """Whether a key's tensor is a state, JSON as bytes, which may end in spaces."""
+    return f".{_STATE}" in key
 
 
 def to_state_dict(

@@ -137,7 +137,17 @@ class TrainOptions:
     init: str = _help("initial weights: orthogonal, xavier, he or pruned", "xavier")
     eps: float = _help("added to the mean square in the ladder's norms", 1e-6)
 
-    weights: str = _help("where backbone weights live: resident", "resident")
+    weights: str = _help(
+        "where backbone weights live: resident (on the device), streamed (in the model's NF4 "
+        "files, see 'quantize'; one layer after another is read) or host (in pinned memory beside "
+        "a GPU)",
+        "resident",
+    )
+    embeddings: str | None = _help(
+        "where the backbone's embeddings live: device, or host (in their file, where they lie in "
+        "one); default host if weights are streamed, else device",
+        None,
+    )
     taps: str = _help("where taps wait between the two passes: device", "device")
     tap_dtype: str | None = _help(
         "what taps are kept in: bfloat16, float16 or float32; default bfloat16", None

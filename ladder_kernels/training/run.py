@@ -302,6 +302,7 @@ def _load_model(options: TrainOptions, ladder: Any, device: Any) -> LadderForCau
         options.model,
         ladder=None if saved else ladder,
         weights=options.weights,
+        embeddings=options.embeddings,
         taps=options.taps,
         tap_dtype=options.tap_dtype,
         activations=options.activations,

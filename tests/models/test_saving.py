@@ -219,7 +219,7 @@ def test_a_save_that_fails_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("ladder_kernels.models.saving.save_file", full)
+    monkeypatch.setattr("ladder_kernels.memory.tensor_file.TensorFileWriter._append", full)
     with pytest.raises(OSError, match="no space"):
         backbone.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
