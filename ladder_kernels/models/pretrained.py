@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from ladder_kernels.errors import BaseMismatchError, CheckpointError, ConfigError, MissingFileError
 from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.checkpoint import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE
-from ladder_kernels.models.config import TAP_DTYPES, LadderModelConfig
+from ladder_kernels.models.config import FLOAT_DTYPES, LadderModelConfig
 
 __all__ = [
     "SavedLadder",
@@ -30,8 +30,7 @@ __all__ = [
 ]
 
 WEIGHT_PLACEMENTS = ("resident",)
-TAP_STORES = ("device",)
-COMPUTE_DTYPES = {**TAP_DTYPES, "float64": torch.float64}
+COMPUTE_DTYPES = {**FLOAT_DTYPES, "float64": torch.float64}
 
 # What AutoModelForCausalLM and callers of transformers pass along, and means nothing here.
 _HARMLESS = (
@@ -52,20 +51,15 @@ class SavedLadder:
     weights: Path
 
 
-def check_placements(weights: str, taps: str) -> None:
+def check_placements(weights: str) -> None:
     """Refuse placements that do not exist.
 
     Raises:
         ConfigError: Naming what does.
     """
-    for name, value, allowed in (
-        ("weights", weights, WEIGHT_PLACEMENTS),
-        ("taps", taps, TAP_STORES),
-    ):
-        if value not in allowed:
-            raise ConfigError(
-                f"{name}: found {value!r}; allowed are {', '.join(map(repr, allowed))}"
-            )
+    if weights not in WEIGHT_PLACEMENTS:
+        allowed = ", ".join(map(repr, WEIGHT_PLACEMENTS))
+        raise ConfigError(f"weights: found {weights!r}; allowed are {allowed}")
 
 
 def check_options(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
