@@ -215,7 +215,7 @@ class NewEntry(Entry):
         """
         if self._part is not None:
             self._put(memoryview(self.layout.header), 0)
-            os.fdatasync(self._file)
+            os.fsync(self._file)
             self._part.replace(self._folder / f"{self.layout.key}{ENTRY_SUFFIX}")
             self._part = None
         self._close()

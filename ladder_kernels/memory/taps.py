@@ -254,6 +254,14 @@ class TapStore(ABC):
     name: ClassVar[str]
     leaves_padding: ClassVar[bool] = False
 
+    def check(self, fingerprint: str, base: str) -> None:
+        """Refuse a base that it cannot serve, without writing anything.
+
+        Args:
+            fingerprint: Of the backbone.
+            base: Its name, for messages.
+        """
+
     @abstractmethod
     def open(
         self, plan: TapPlan, tokens: Tensor, layout: SequenceLayout, read: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ BASE_FILE = "base.json"
 """File of a folder of taps that says which base they are of."""
 
 _FORMAT = "ladder_kernels taps"
+# No room: training goes on without.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskTaps(TapStore):
@@ -75,26 +78,49 @@ class DiskTaps(TapStore):
             kept = (layout.padding | read.to(layout.device)).cpu()
         return _DiskRecord(plan, self, tokens.detach().cpu(), layout.to("cpu"), kept)
 
-    def _enter(self, plan: TapPlan) -> None:
-        """Make the folder, or see whose it is."""
+    def check(self, fingerprint: str, base: str) -> None:
+        """See :class:`~.taps.TapStore`.
+
+        Raises:
+            BaseMismatchError: If the folder holds the taps of another base.
+            CheckpointError: If it is no folder of taps, or cannot be read.
+            ConfigError: If the base has no fingerprint, so that its taps would be anybody's.
+        """
+        if not fingerprint:
+            raise ConfigError(
+                f"taps: found 'disk', but {base or 'the base'} has no fingerprint to know its taps "
+                "by; allowed are 'device', 'host'"
+            )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(self.folder)
             found = self._read_base()
-            if found is None:
-                self._write_base(plan)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder}: no folder that taps can be kept in ({error.strerror})"
-            ) from error
-        if found is not None and found.get("fingerprint") != plan.fingerprint:
+            raise self._unusable(error) from error
+        if found is not None and found.get("fingerprint") != fingerprint:
             raise BaseMismatchError(
                 f"{self.folder}: found the taps of {found.get('base') or 'another base'} "
                 f"(fingerprint {str(found.get('fingerprint'))[:12]}), not of "
-                f"{plan.base or 'this base'} (fingerprint {plan.fingerprint[:12]}); give each base "
-                "a folder of its own"
+                f"{base or 'this base'} (fingerprint {fingerprint[:12]}); give each base a folder "
+                "of its own"
             )
+
+    def _enter(self, plan: TapPlan) -> None:
+        """See whose folder it is, or make it."""
+        self.check(plan.fingerprint, plan.base)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.folder)
+            if self._read_base() is None:
+                self._write_base(plan)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise self._unusable(error) from error
+            self.failed(error)
         self._fingerprint = plan.fingerprint
+
+    def _unusable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: no folder that taps can be kept in ({error.strerror})"
+        )
 
     def _read_base(self) -> Mapping[str, object] | None:
         file = self.folder / BASE_FILE

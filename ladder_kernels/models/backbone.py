@@ -113,6 +113,8 @@ class Backbone(nn.Module):
         reenters: Whether a ladder's output may enter it again below some of its layers, through
             which gradients pass then.
         slices: Whether a frozen pass can take tokens in slices (:attr:`slice_tokens`).
+        streams: Whether each frozen pass reads the weights anew, so that several micro-batches had
+            better share one.
         config: The transformers configuration of the base model.
         quantization: How float weights were quantised.
         fingerprint: sha256 (hex) of the weights and of the configuration that changes the function.
@@ -125,6 +127,7 @@ class Backbone(nn.Module):
     runs_on: ClassVar[str]
     reenters: ClassVar[bool]
     slices: ClassVar[bool] = False
+    streams: bool = False
     head_bias: torch.Tensor | None
 
     def __init__(

@@ -144,6 +144,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         """
         pretrained.check_placements(weights)
         store = tap_store_of(taps, cache=tap_cache, limit=tap_cache_bytes)
+        store.check(backbone.fingerprint, backbone.name_or_path)
         dtype = tap_dtype_of(tap_dtype)
         ladder = LadderConfig.recommended() if ladder is None else ladder
         config = LadderModelConfig.for_backbone(
@@ -275,6 +276,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         tensors, saved_config = checkpoint.read_weights(saved.weights, saved.config)
         backbone = pretrained.load_base_of(saved_config, saved, base, dtype, device, quantization)
         pretrained.check_fingerprint(name, saved_config, backbone)
+        store.check(backbone.fingerprint, backbone.name_or_path)
         if tap_dtype is not None:
             saved_config.tap_dtype = str(tap_dtype_of(tap_dtype)).removeprefix("torch.")
         if activations is not None:
@@ -534,13 +536,16 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         if ladder is None:
             return frozen.hidden if select is None else frozen.hidden[select]
         recompute = self.gradient_checkpointing and self.training
+        # A compiled side pass keeps every tap in its graph anyway, and knows nothing of stores.
+        compiled = ladder._compiled_call_impl is not None
+        taps = dict(frozen.taps) if compiled else frozen.taps
         if not ladder.reentry:
             return ladder(
-                frozen.taps, frozen.hidden, layout, cache=cache, select=select, recompute=recompute
+                taps, frozen.hidden, layout, cache=cache, select=select, recompute=recompute
             )
         # Tokens above the re-entry see each other: all of them are needed up to the last layer.
         y = self._backbone.top_pass(
-            ladder(frozen.taps, frozen.hidden, layout, cache=cache, recompute=recompute),
+            ladder(taps, frozen.hidden, layout, cache=cache, recompute=recompute),
             layout=layout,
             start=ladder.stop,
             adapters=ladder.block_adapters(),

@@ -342,7 +342,8 @@ class NativeBackbone(Backbone):
             hidden.append(states)
         rotary = [self.rotary(work.layout.position_ids, self.dtype) for work in works]
         parts = [
-            token_slices(work.layout.batch, work.layout.length, self.slice_tokens) for work in works
+            token_slices(work.layout.batch, work.layout.length, self.slice_tokens)
+            for work in works
         ]
         for layer, block in enumerate(self._frozen_blocks(stop), start=1):
             for index, work in enumerate(works):
