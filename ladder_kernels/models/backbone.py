@@ -7,7 +7,7 @@ and :meth:`Backbone.logits` applies the frozen end of the model, through which g
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ladder_kernels.accounts import count_as
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.memory.placement import ON_DEVICE
+from ladder_kernels.memory.taps import DeviceTaps, TapEncoding, TapPlan, TapRecord, TapStore
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout
@@ -56,11 +56,14 @@ class FrozenInput:
         layout: Positions, padding and documents of the batch.
         cache: A transformers ``Cache``, or ``None``; layer ``i`` of the backbone uses its layer
             ``i``.
+        read: bool ``[B, S]``: where the ladder's output is read; ``None`` for everywhere. Padding
+            elsewhere need not be kept.
     """
 
     tokens: torch.Tensor
     layout: SequenceLayout
     cache: Any = None
+    read: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,29 @@ class Work(FrozenInput):
     emit: Callable[[int, torch.Tensor], None] = field(kw_only=True)
 
 
-@dataclass
 class FrozenPass:
     """What a frozen pass leaves behind: ordinary tensors, which autograd may save.
 
-    Attributes:
-        taps: Residual stream ``h[t]`` for each tapped layer ``t``, ``[B, S, D]`` in the tap dtype.
-        hidden: ``h[L]``, before the final norm, ``[B, S, D]`` in the compute dtype.
+    Args:
+        record: Where they are.
     """
 
-    taps: dict[int, torch.Tensor]
-    hidden: torch.Tensor
+    def __init__(self, record: TapRecord) -> None:
+        self._record = record
+
+    @property
+    def taps(self) -> Mapping[int, torch.Tensor]:
+        """Residual stream ``h[t]`` for each tapped layer ``t``, ``[B, S, D]``, one at a time.
+
+        In the tap dtype; int8 taps are decoded to the compute dtype. Each look-up may bring the tap
+        to the device anew.
+        """
+        return self._record
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """``h[stop]``, before the final norm, ``[B, S, D]`` in the compute dtype."""
+        return self._record.hidden
 
 
 class Backbone(nn.Module):
@@ -350,6 +365,7 @@ class Backbone(nn.Module):
         cache: Any = None,
         activations: str = "exact",
         stop: int | None = None,
+        store: TapStore | None = None,
     ) -> FrozenPass:
         """Run the model without gradients and keep the tapped states.
 
@@ -362,11 +378,14 @@ class Backbone(nn.Module):
             layout: Positions, padding and documents of the batch.
             tap_layers: Layers ``t`` in ``0..L`` to keep (``0``: embeddings, ``L``: before the final
                 norm).
-            tap_dtype: Dtype of the taps; default the compute dtype.
+            tap_dtype: Dtype of the taps, int8 among them
+                (:class:`~ladder_kernels.memory.taps.TapEncoding`); default the compute dtype.
             cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
             activations: How quantised layers take their inputs, one of
                 :data:`~ladder_kernels.nn.linear.ACTIVATIONS`; see :meth:`check_activations`.
             stop: Run this many layers only; default all. :meth:`top_pass` runs the others.
+            store: Where taps wait; default on the model's device. Not with a ``cache``, which a
+                store that knows the sequences already would leave unfilled.
 
         Returns:
             The taps and the last state, ``h[stop]``.
@@ -379,8 +398,14 @@ class Backbone(nn.Module):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
         tokens = inputs_embeds if input_ids is None else input_ids
         given = FrozenInput(tokens, layout, cache)  # type: ignore[arg-type]
-        options = {"tap_layers": tap_layers, "tap_dtype": tap_dtype, "stop": stop}
-        return self.frozen_passes([given], activations=activations, **options)[0]
+        return self.frozen_passes(
+            [given],
+            tap_layers=tap_layers,
+            tap_dtype=tap_dtype,
+            activations=activations,
+            stop=stop,
+            store=store,
+        )[0]
 
     def frozen_passes(
         self,
@@ -390,6 +415,7 @@ class Backbone(nn.Module):
         tap_dtype: torch.dtype | None = None,
         activations: str = "exact",
         stop: int | None = None,
+        store: TapStore | None = None,
     ) -> list[FrozenPass]:
         """Run several micro-batches together: each layer is taken up once, for all of them.
 
@@ -399,12 +425,14 @@ class Backbone(nn.Module):
             tap_dtype: Dtype of the taps.
             activations: How quantised layers take their inputs.
             stop: Run this many layers only.
+            store: Where taps wait. Sequences that it has already are not run again.
 
         Returns:
             What :meth:`frozen_pass` gives, for each micro-batch.
 
         Raises:
-            ConfigError: If a shape does not fit its layout, or a tap layer does not exist.
+            ConfigError: If a shape does not fit its layout, a tap layer does not exist, or a cache
+                is given together with a store.
         """
         stop = self.num_layers if stop is None else stop
         for layer in tap_layers:
@@ -417,44 +445,56 @@ class Backbone(nn.Module):
                     f"the inputs have shape {list(given.tokens.shape)}, the layout is for "
                     f"[{layout.batch}, {layout.length}]"
                 )
-        kept, works = [], []
-        for given in inputs:
-            taps = self._empty_pass(given.layout, tap_layers, tap_dtype)
-            kept.append(taps)
-            works.append(self._work(given, taps, stop))
-        self._round_below(stop if activations == "int8" else 0)
-        with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
-            self._run(works, stop)
-        return kept
+            if given.cache is not None and store is not None:
+                raise ConfigError("cache: found one together with a tap store; allowed is either")
+        plan = self._plan(tap_layers, tap_dtype, activations, stop)
+        store = DeviceTaps() if store is None else store
+        records: list[TapRecord] = []
+        try:
+            for given in inputs:
+                records.append(store.open(plan, given.tokens, given.layout, given.read))
+            pairs = zip(inputs, records, strict=True)
+            works = [self._work(given, record) for given, record in pairs if record.rows != []]
+            if works:
+                self._round_below(stop if activations == "int8" else 0)
+                with torch.autocast(self.device.type, enabled=False), torch.inference_mode():
+                    self._run(works, stop)
+            for record in records:
+                record.finish()
+        except BaseException:
+            for record in records:
+                record.discard()
+            raise
+        return [FrozenPass(record) for record in records]
 
-    def _empty_pass(
-        self, layout: SequenceLayout, tap_layers: Collection[int], tap_dtype: torch.dtype | None
-    ) -> FrozenPass:
-        """Room for what a frozen pass keeps.
-
-        Allocated outside inference mode: autograd refuses to save inference tensors.
-        """
-        shape = (layout.batch, layout.length, self.hidden_size)
-
-        def room(dtype: torch.dtype) -> torch.Tensor:
-            return count_as("taps", torch.empty(shape, dtype=dtype, device=self.device))
-
-        return FrozenPass(
-            taps={layer: room(tap_dtype or self.dtype) for layer in sorted(set(tap_layers))},
-            hidden=room(self.dtype),
+    def _plan(
+        self,
+        tap_layers: Collection[int],
+        tap_dtype: torch.dtype | None,
+        activations: str,
+        stop: int,
+    ) -> TapPlan:
+        return TapPlan(
+            layers=tuple(sorted(set(tap_layers))),
+            stop=stop,
+            width=self.hidden_size,
+            encoding=TapEncoding(tap_dtype or self.dtype),
+            dtype=self.dtype,
+            device=self.device,
+            activations=activations,
+            fingerprint=self.fingerprint,
+            base=self.name_or_path,
         )
 
-    def _work(self, given: FrozenInput, kept: FrozenPass, stop: int) -> Work:
-        def emit(layer: int, state: torch.Tensor) -> None:
-            if layer in kept.taps:
-                kept.taps[layer].copy_(state)
-            if layer == stop:
-                kept.hidden.copy_(state)
-
-        tokens = given.tokens.to(self.device)
+    def _work(self, given: FrozenInput, record: TapRecord) -> Work:
+        """What has to be run of a micro-batch, on the device."""
+        tokens, layout = given.tokens, given.layout
+        if record.rows is not None and len(record.rows) < layout.batch:
+            tokens, layout = tokens[record.rows], layout.select(record.rows)
+        tokens = tokens.to(self.device)
         if tokens.is_floating_point():
             tokens = tokens.to(self.dtype)
-        return Work(tokens, given.layout.to(self.device), given.cache, emit=emit)
+        return Work(tokens, layout.to(self.device), given.cache, emit=record.write)
 
     def top_pass(
         self,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ladder_kernels.models.backbone import Backbone
 
 __all__ = [
+    "FLOAT_DTYPES",
     "KINDS",
     "TAP_DTYPES",
     "LadderConfig",
@@ -34,8 +35,11 @@ __all__ = [
 KINDS = ("auto", "lst", "xladder", "explicit", "adapters")
 """How a list of rungs can be described."""
 
-TAP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""What taps can be kept in, by name."""
+FLOAT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What models compute in, by name."""
+
+TAP_DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
+"""What taps can be kept in, by name; int8 with a scale for each token."""
 
 _LARGEST_HEAD = 64
 

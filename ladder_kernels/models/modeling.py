@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.memory.placement import Placement
+from ladder_kernels.memory.tap_stores import tap_store_of
+from ladder_kernels.memory.taps import DeviceTaps, TapStore
 from ladder_kernels.models import checkpoint, pretrained
-from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.backbone import Backbone, FrozenInput, FrozenPass
 from ladder_kernels.models.config import (
     LadderConfig,
     LadderModelConfig,
@@ -66,6 +69,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
     Attributes:
         config: As above.
         ladder: The trained part.
+        tap_store: Where taps wait between the two passes of a training step. Evaluation and
+            generation keep them on the device, whatever it is.
     """
 
     config_class = LadderModelConfig
@@ -86,6 +91,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         object.__setattr__(self, "_backbone", backbone)
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
         self.tap_dtype = tap_dtype_of(config.tap_dtype)
+        self.tap_store: TapStore = DeviceTaps()
+        self._prefilled: dict[SequenceLayout, _Prefilled] = {}
         self._ladder_enabled = True
         # Of the rungs, the output and the layers above a re-entry; set by transformers'
         # gradient_checkpointing_enable().
@@ -102,8 +109,10 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         *,
         weights: str | None = None,
         embeddings: str | None = None,
-        taps: str = "device",
+        taps: str | TapStore = "device",
         tap_dtype: str | torch.dtype = "bfloat16",
+        tap_cache: str | os.PathLike[str] | None = None,
+        tap_cache_bytes: int | None = None,
         activations: str = "exact",
         gguf_file: str | None = None,
     ) -> LadderForCausalLM:
@@ -114,8 +123,16 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             ladder: Shape of the ladder; default :meth:`LadderConfig.recommended`.
             weights: Where the backbone's weights live, if it shall be checked: its loader decided.
             embeddings: The same of its embeddings.
-            taps: Where taps wait between the two passes: "device", the model's.
-            tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32".
+            taps: Where taps wait between the two passes of a training step: "device", the model's;
+                "host", in page-locked memory of the host; "disk", in files that are kept, so that
+                sequences that come again skip the frozen pass; or a store. Memory on a GPU is saved
+                together with ``gradient_checkpointing_enable()``; without it, autograd holds every
+                tap until the backward pass.
+            tap_dtype: What taps are kept in: "bfloat16", "float16", "float32", or "int8", with a
+                scale for each token. Losses are those of the plain model by bits where it is the
+                compute dtype.
+            tap_cache: With "disk": the folder of the files, made where it is missing.
+            tap_cache_bytes: With "disk": most bytes of those files; default no limit.
             activations: How the backbone's NF4 layers take their inputs: "exact", or "int8",
                 rounded to 8 bits (:func:`~ladder_kernels.ops.nf4_linear_int8`): faster, and a
                 little different. The frozen pass carries no gradient, so nothing else changes.
@@ -128,8 +145,9 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: If an option is not allowed or the ladder does not fit the backbone.
         """
-        pretrained.check_placements(taps)
         pretrained.check_as_placed(backbone, weights, embeddings)
+        store = tap_store_of(taps, cache=tap_cache, limit=tap_cache_bytes)
+        store.check(backbone.fingerprint, backbone.name_or_path)
         dtype = tap_dtype_of(tap_dtype)
         ladder = LadderConfig.recommended() if ladder is None else ladder
         config = LadderModelConfig.for_backbone(
@@ -140,6 +158,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             gguf_file=gguf_file,
         )
         model = cls(config, backbone)
+        model.tap_store = store
         model.generation_config = GenerationConfig.from_model_config(backbone.config)
         return model.eval()
 
@@ -151,8 +170,10 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         ladder: LadderConfig | None = None,
         weights: str | None = None,
         embeddings: str | None = None,
-        taps: str = "device",
+        taps: str | TapStore = "device",
         tap_dtype: str | torch.dtype | None = None,
+        tap_cache: str | os.PathLike[str] | None = None,
+        tap_cache_bytes: int | None = None,
         activations: str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -180,9 +201,12 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
                 :func:`~ladder_kernels.models.loading.load_backbone`.
             embeddings: Where its embeddings live: "device", or "host", in their file if they lie
                 in one. Default "host" if weights are streamed, else "device".
-            taps: Where taps wait between the two passes: "device", the model's.
-            tap_dtype: What taps are kept in: "bfloat16", "float16" or "float32". Default bfloat16,
-                or what a saved ladder was trained with.
+            taps: Where taps wait between the two passes of a training step: "device", "host",
+                "disk" or a store, see :meth:`from_backbone`.
+            tap_dtype: What taps are kept in: "bfloat16", "float16", "float32" or "int8". Default
+                bfloat16, or what a saved ladder was trained with.
+            tap_cache: With "disk": the folder of the files.
+            tap_cache_bytes: With "disk": most bytes of those files; default no limit.
             activations: How the backbone's NF4 layers take their inputs: "exact" or "int8", see
                 :meth:`from_backbone`. Default "exact", or what a saved ladder was trained with.
             dtype: Compute dtype of the backbone; default float32 on a CPU, bfloat16 or float16 on a
@@ -216,8 +240,8 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             UnsupportedModelError: If the base's architecture cannot carry a ladder.
         """
         pretrained.check_options(model_args, options)
-        pretrained.check_placements(taps)
         Placement.of("resident" if weights is None else weights, embeddings)
+        store = tap_store_of(taps, cache=tap_cache, limit=tap_cache_bytes)
         if activations is not None:
             check_activations(activations)
         name = os.fspath(pretrained_model_name_or_path)
@@ -246,6 +270,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             model = cls.from_backbone(
                 backbone,
                 ladder,
+                taps=store,
                 tap_dtype="bfloat16" if tap_dtype is None else tap_dtype,
                 activations="exact" if activations is None else activations,
                 gguf_file=gguf_file,
@@ -262,11 +287,13 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         tensors, saved_config = checkpoint.read_weights(saved.weights, saved.config)
         backbone = pretrained.load_base_of(saved_config, saved, base, dtype, device, quantization)
         pretrained.check_fingerprint(name, saved_config, backbone)
+        store.check(backbone.fingerprint, backbone.name_or_path)
         if tap_dtype is not None:
             saved_config.tap_dtype = str(tap_dtype_of(tap_dtype)).removeprefix("torch.")
         if activations is not None:
             saved_config.activations = activations
         model = cls(saved_config, backbone)
+        model.tap_store = store
         checkpoint.load_into(model, tensors, saved.weights)
         model.generation_config = pretrained.generation_config_of(name) or (
             GenerationConfig.from_model_config(backbone.config)
@@ -447,9 +474,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         if output_attentions or output_hidden_states:
             name = "output_attentions" if output_attentions else "output_hidden_states"
             raise ConfigError(f"{name}: found True; a ladder model does not return them")
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        given = self._given(input_ids, inputs_embeds)
         cache = past_key_values
         layout = self._layout(given, attention_mask, position_ids, cache)
         if layout.documents is not None:
@@ -468,14 +493,17 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             return_logits = labels is None or self.config.return_logits
         targets = None if labels is None else self._targets(labels, layout)
         loss, logits = None, None
+        read = None if targets is None else targets != _IGNORE
         # Found once, and not where the mask is used: a compiled side pass takes places, no mask.
-        wanted = None if targets is None else (targets != _IGNORE).nonzero(as_tuple=True)
+        wanted = None if read is None else read.nonzero(as_tuple=True)
         select: Any = None
         if not return_logits and wanted is not None:
             select = wanted
         elif targets is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             select = (slice(None), _kept(logits_to_keep))
-        y = self._top(input_ids, inputs_embeds, layout, cache, select)
+        y = self._top(
+            input_ids, inputs_embeds, layout, cache, select, None if return_logits else read
+        )
         if targets is not None and wanted is not None:
             loss = self._loss(y if select is not None else y[wanted], targets[wanted])
             # A step without any label has the loss 0, not NaN.
@@ -509,29 +537,27 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         layout: SequenceLayout,
         cache: Any,
         select: Any = None,
+        read: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``y`` before the final norm, ``[B, S, D]``, or ``[n, D]`` for the selected tokens."""
+        """``y`` before the final norm, ``[B, S, D]``, or ``[n, D]`` for the selected tokens.
+
+        ``read`` is as for :class:`FrozenInput`.
+        """
         ladder = self.ladder if self._ladder_enabled else None
-        frozen = self._backbone.frozen_pass(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            layout=layout,
-            tap_layers=ladder.tap_layers if ladder else (),
-            tap_dtype=self.tap_dtype,
-            cache=cache,
-            activations=self.config.activations,
-            stop=ladder.stop if ladder else None,
-        )
+        frozen = self._frozen(self._given(input_ids, inputs_embeds), layout, cache, read, ladder)
         if ladder is None:
             return frozen.hidden if select is None else frozen.hidden[select]
         recompute = self.gradient_checkpointing and self.training
+        # A compiled side pass keeps every tap in its graph anyway, and knows nothing of stores.
+        compiled = ladder._compiled_call_impl is not None
+        taps = dict(frozen.taps) if compiled else frozen.taps
         if not ladder.reentry:
             return ladder(
-                frozen.taps, frozen.hidden, layout, cache=cache, select=select, recompute=recompute
+                taps, frozen.hidden, layout, cache=cache, select=select, recompute=recompute
             )
         # Tokens above the re-entry see each other: all of them are needed up to the last layer.
         y = self._backbone.top_pass(
-            ladder(frozen.taps, frozen.hidden, layout, cache=cache, recompute=recompute),
+            ladder(taps, frozen.hidden, layout, cache=cache, recompute=recompute),
             layout=layout,
             start=ladder.stop,
             adapters=ladder.block_adapters(),
@@ -539,6 +565,67 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             recompute=recompute,
         )
         return y if select is None else y[select]
+
+    def _frozen(
+        self,
+        given: torch.Tensor,
+        layout: SequenceLayout,
+        cache: Any,
+        read: torch.Tensor | None,
+        ladder: Ladder | None,
+    ) -> FrozenPass:
+        """One frozen pass, or what is left of it where it was run before."""
+        if ladder is None:
+            inputs = [FrozenInput(given, layout, cache)]
+            return self._backbone.frozen_passes(inputs, activations=self.config.activations)[0]
+        if not (self.training and torch.is_grad_enabled() and cache is None):
+            return self._frozen_passes([FrozenInput(given, layout, cache)], None)[0]
+        read = read if self.tap_store.leaves_padding else None
+        if layout in self._prefilled and self._prefilled[layout].serves(read):
+            return self._prefilled.pop(layout).frozen
+        return self._frozen_passes([FrozenInput(given, layout, None, read)], self.tap_store)[0]
+
+    def _frozen_passes(
+        self, inputs: Sequence[FrozenInput], store: TapStore | None
+    ) -> list[FrozenPass]:
+        return self._backbone.frozen_passes(
+            inputs,
+            tap_layers=self.ladder.tap_layers,
+            tap_dtype=self.tap_dtype,
+            activations=self.config.activations,
+            stop=self.ladder.stop,
+            store=store,
+        )
+
+    def prefill(self, batches: Sequence[Mapping[str, torch.Tensor | None]]) -> None:
+        """Run the frozen passes of several micro-batches together: each layer once, for all.
+
+        The next forward in training mode with the inputs of one of them takes its taps from here;
+        losses and gradients are the same, by bits. Until then they wait in :attr:`tap_store`.
+        Sequences that it has already are left out. What an earlier call left is dropped.
+
+        Args:
+            batches: ``input_ids`` or ``inputs_embeds``, and ``attention_mask``, ``position_ids``
+                and ``labels`` where there are any, as :meth:`forward` takes them; other entries are
+                not looked at.
+
+        Raises:
+            ConfigError: If inputs or shapes do not fit.
+        """
+        self._prefilled.clear()
+        found = []
+        for batch in batches:
+            tokens = self._given(batch.get("input_ids"), batch.get("inputs_embeds"))
+            inputs = tokens, batch.get("attention_mask"), batch.get("position_ids")
+            layout, labels = self._layout(*inputs, None), batch.get("labels")
+            read = None
+            sparse = self.tap_store.leaves_padding and not self.config.return_logits
+            if labels is not None and sparse:
+                read = self._targets(labels, layout) != _IGNORE
+            found.append((inputs, FrozenInput(tokens, layout, None, read)))
+        passes = self._frozen_passes([given for _, given in found], self.tap_store)
+        for (inputs, given), frozen in zip(found, passes, strict=True):
+            self._prefilled[given.layout] = _Prefilled(inputs, given.read, frozen)
 
     def _before_head(self, y: torch.Tensor) -> torch.Tensor:
         """What the head multiplies: ``y`` after the final norm, scaled as the logits are."""
@@ -557,6 +644,10 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         if cache is not None:
             self._check_cache(cache)
             past_length = int(cache.get_seq_length())
+        else:
+            for layout, prefilled in self._prefilled.items():
+                if prefilled.is_of((given, attention_mask, position_ids)):
+                    return layout
         return SequenceLayout.build(
             given.shape[0],
             given.shape[1],
@@ -606,6 +697,37 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
                 softcap=backbone.softcap,
                 logit_scale=backbone.logit_scale,
             )
+
+
+@dataclass(frozen=True)
+class _Prefilled:
+    """What :meth:`LadderForCausalLM.prefill` keeps of a micro-batch.
+
+    Attributes:
+        inputs: Tokens or embeddings, mask and positions, as they were given.
+        read: As of its :class:`FrozenInput`.
+        frozen: What its frozen pass left.
+    """
+
+    inputs: tuple[torch.Tensor | None, ...]
+    read: torch.Tensor | None
+    frozen: FrozenPass
+
+    def is_of(self, inputs: tuple[torch.Tensor | None, ...]) -> bool:
+        """Whether these are the inputs."""
+        return all(_same(one, other) for one, other in zip(self.inputs, inputs, strict=True))
+
+    def serves(self, read: torch.Tensor | None) -> bool:
+        """Whether all is kept that is read."""
+        return self.read is None or _same(self.read, read)
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is other:
+        return True
+    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other.to(one.device))
 
 
 def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:

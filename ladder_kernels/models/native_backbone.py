@@ -433,10 +433,7 @@ class NativeBackbone(Backbone):
         for work in works:
             states = work.tokens
             # Written over as it goes up, so embeddings of the caller's are copied.
-            if states.is_floating_point():
-                states = states.clone()
-            else:
-                states = self._embedded(states)
+            states = states.clone() if states.is_floating_point() else self._embedded(states)
             work.emit(0, states)
             hidden.append(states)
         rotary = [self.rotary(work.layout.position_ids, self.dtype) for work in works]

@@ -16,14 +16,13 @@ from transformers.utils.hub import cached_file
 from ladder_kernels.errors import BaseMismatchError, CheckpointError, ConfigError, MissingFileError
 from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.checkpoint import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE
-from ladder_kernels.models.config import TAP_DTYPES, LadderModelConfig
+from ladder_kernels.models.config import FLOAT_DTYPES, LadderModelConfig
 
 __all__ = [
     "SavedLadder",
     "check_as_placed",
     "check_fingerprint",
     "check_options",
-    "check_placements",
     "compute_dtype_of",
     "find_saved_ladder",
     "generation_config_of",
@@ -31,8 +30,7 @@ __all__ = [
     "load_base_of",
 ]
 
-TAP_STORES = ("device",)
-COMPUTE_DTYPES = {**TAP_DTYPES, "float64": torch.float64}
+COMPUTE_DTYPES = {**FLOAT_DTYPES, "float64": torch.float64}
 
 # What AutoModelForCausalLM and callers of transformers pass along, and means nothing here.
 _HARMLESS = (
@@ -51,16 +49,6 @@ class SavedLadder:
 
     config: LadderModelConfig
     weights: Path
-
-
-def check_placements(taps: str) -> None:
-    """Refuse placements that do not exist.
-
-    Raises:
-        ConfigError: Naming what does.
-    """
-    if taps not in TAP_STORES:
-        raise ConfigError(f"taps: found {taps!r}; allowed are {', '.join(map(repr, TAP_STORES))}")
 
 
 def check_as_placed(backbone: Backbone, weights: str | None, embeddings: str | None) -> None:

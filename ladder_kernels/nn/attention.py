@@ -7,6 +7,8 @@ both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ladder_kernels.errors import ConfigError
@@ -140,6 +142,18 @@ class SequenceLayout:
             past_length=self.past_length,
             padding=None if self.padding is None else self.padding.to(device),
             documents=None if self.documents is None else self.documents.to(device),
+        )
+
+    def select(self, rows: Sequence[int]) -> SequenceLayout:
+        """The layout of these sequences of the batch alone."""
+        index = torch.tensor(rows, device=self.device)
+        padding = None if self.padding is None else self.padding[index]
+        documents = None if self.documents is None else self.documents[index]
+        return SequenceLayout(
+            position_ids=self.position_ids[index],
+            past_length=self.past_length,
+            padding=None if padding is None or bool(padding.all()) else padding,
+            documents=documents if documents is not None and bool(documents.any()) else None,
         )
 
     def first_seen(self, window: int | None = None) -> tuple[bool, torch.Tensor | None]:

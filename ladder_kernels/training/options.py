@@ -148,9 +148,23 @@ class TrainOptions:
         "one); default host if weights are streamed, else device",
         None,
     )
-    taps: str = _help("where taps wait between the two passes: device", "device")
+    taps: str = _help(
+        "where taps wait between the two passes: device, host, or disk, where they are kept: rows "
+        "that come again skip the base model",
+        "device",
+    )
     tap_dtype: str | None = _help(
-        "what taps are kept in: bfloat16, float16 or float32; default bfloat16", None
+        "what taps are kept in: bfloat16, float16, float32 or int8 (with a scale for each token); "
+        "default bfloat16",
+        None,
+    )
+    tap_cache: str | None = _help(
+        "taps disk: folder that they are kept in, of this base alone, also for other runs; default "
+        "one inside output, removed at the end of the run",
+        None,
+    )
+    tap_cache_bytes: int | None = _help(
+        "taps disk: most bytes of that folder; further rows are not kept; default no limit", None
     )
     activations: str | None = _help(
         "how the backbone's NF4 layers take their inputs: exact, or int8 (rounded to 8 bits; "
@@ -223,7 +237,7 @@ class TrainOptions:
         for name in (
             "context", "batch_size", "gradient_accumulation", "logging_steps", "limit",
             "eval_limit", "max_steps", "eval_batch_size", "eval_steps", "save_steps",
-            "save_total_limit",
+            "save_total_limit", "tap_cache_bytes",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None:
@@ -243,11 +257,22 @@ class TrainOptions:
             raise ConfigError(
                 f"checkpoint: found {self.checkpoint!r}, but resume is off; it says where to resume"
             )
+        for name in ("tap_cache", "tap_cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and self.taps != "disk":
+                raise ConfigError(f"{name}: found {value!r}, but taps is {self.taps!r}, not 'disk'")
 
     @property
     def output_folder(self) -> Path:
         """``output`` as a path."""
         return Path(self.output).expanduser()
+
+    @property
+    def tap_cache_folder(self) -> Path | None:
+        """Where taps are kept; ``None`` unless they wait on disk."""
+        if self.taps != "disk":
+            return None
+        return self.output_folder / "taps" if self.tap_cache is None else Path(self.tap_cache)
 
     def data_options(self) -> DataOptions:
         """The training data's options."""

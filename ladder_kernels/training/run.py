@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,10 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
         if progress is not None:
             progress.close()
     trainer.save_model()
+    if options.tap_cache is None and options.tap_cache_folder is not None:
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            shutil.rmtree(options.tap_cache_folder, ignore_errors=True)
     return TrainResult(
         steps=outcome.global_step,
         tokens=throughput.tokens,
@@ -305,6 +310,8 @@ def _load_model(options: TrainOptions, ladder: Any, device: Any) -> LadderForCau
         embeddings=options.embeddings,
         taps=options.taps,
         tap_dtype=options.tap_dtype,
+        tap_cache=options.tap_cache_folder,
+        tap_cache_bytes=options.tap_cache_bytes,
         activations=options.activations,
         dtype=options.dtype,
         device=device,

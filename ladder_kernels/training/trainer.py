@@ -21,7 +21,8 @@ class PerplexityTrainer(Trainer):
 
     The two differ when rows have unequal numbers of learned tokens. Training is the plain
     ``Trainer``'s, which drives a :class:`~ladder_kernels.models.modeling.LadderForCausalLM` as it
-    is.
+    is. Where the weights of the base are read anew in each frozen pass, all micro-batches of an
+    optimizer step share one.
 
     Args:
         arguments: As a plain ``Trainer``'s.
@@ -89,6 +90,14 @@ class PerplexityTrainer(Trainer):
         """As a plain ``Trainer``'s, which would take a further step after the last one."""
         epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
         return (0 if 0 < max_steps <= self.steps_done else epochs, *others, max_steps)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As a plain ``Trainer``'s; with streamed weights, their frozen passes are run as well."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        model: Any = self.model
+        if len(batches) > 1 and model.backbone.streams:
+            model.prefill([self._prepare_inputs(batch) for batch in batches])
+        return batches, items
 
     def perplexity(self, rows: Any = None, *, base: bool = False) -> Perplexity:
         """Perplexity on rows of tokens, each process taking its share.

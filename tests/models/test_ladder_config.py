@@ -192,8 +192,9 @@ def test_tap_dtypes():
 
     assert tap_dtype_of("float16") is torch.float16
     assert tap_dtype_of(torch.bfloat16) is torch.bfloat16
-    with pytest.raises(ConfigError, match="'int8'; allowed are 'bfloat16', 'float16', 'float32'"):
-        tap_dtype_of("int8")
+    assert tap_dtype_of("int8") is torch.int8
+    with pytest.raises(ConfigError, match=r"'int4'; .* 'bfloat16', 'float16', 'float32', 'int8'"):
+        tap_dtype_of("int4")
 
 
 @pytest.mark.parametrize("reenters", [True, False])

@@ -287,9 +287,11 @@ def test_default_ladder(backbone: Backbone):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "streamed"}, "weights: found 'streamed'; allowed are 'resident'"),
-        ({"taps": "disk"}, "taps: found 'disk'; allowed are 'device'"),
-        ({"tap_dtype": "int8"}, "tap_dtype: found 'int8'; allowed are 'bfloat16'"),
+        ({"weights": "streamed"}, "weights: found 'streamed', but the given backbone was loaded"),
+        ({"taps": "tape"}, "taps: found 'tape'; allowed are 'device', 'host', 'disk'"),
+        ({"taps": "disk"}, "tap_cache: found nothing; taps 'disk' need a folder"),
+        ({"tap_cache": "here"}, "tap_cache: found here, but taps are 'device'"),
+        ({"tap_dtype": "int4"}, "tap_dtype: found 'int4'; allowed are 'bfloat16'"),
         ({"ladder": LadderConfig.lst(reduction=7)}, "reduction: found 7.*width 64.*4 and 8"),
         ({"ladder": LadderConfig.lst(every=9)}, "every: found 9; the backbone has 3 layers"),
     ],

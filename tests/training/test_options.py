@@ -68,12 +68,21 @@ def test_data_options():
         ({"format": "poem"}, "format: found 'poem'; allowed are auto"),
         ({"eval_steps": 3}, "eval_steps: found 3, but there is no eval_data"),
         ({"checkpoint": "c"}, "checkpoint: found 'c', but resume is off"),
+        ({"tap_cache": "c"}, "tap_cache: found 'c', but taps is 'device', not 'disk'"),
+        ({"tap_cache_bytes": 9, "taps": "host"}, "tap_cache_bytes: found 9, but taps is 'host'"),
+        ({"tap_cache_bytes": 0, "taps": "disk"}, "tap_cache_bytes: found 0; it must be a whole"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError) as caught:
         TrainOptions(**NEEDED, **options)
     assert str(caught.value).startswith(message)
+
+
+def test_taps_on_disk_are_in_the_output_unless_another_folder_is_named():
+    assert TrainOptions(**NEEDED).tap_cache_folder is None
+    assert TrainOptions(**NEEDED, taps="disk").tap_cache_folder == Path("o/taps")
+    assert TrainOptions(**NEEDED, taps="disk", tap_cache="c").tap_cache_folder == Path("c")
 
 
 def test_options_are_there_without_anything_heavy():
