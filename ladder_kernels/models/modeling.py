@@ -57,6 +57,10 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
     ``parameters()``, so optimisers, distributed training and checkpoints deal with the ladder only.
     The ladder's parameters are float32 unless the model is cast.
 
+    ``model.gradient_checkpointing_enable()`` is for small memory: a training step then keeps what
+    enters each rung, and each layer above a re-entry, and computes the rest again in its backward
+    pass. Gradients are the same by bits.
+
     ``model.ladder.compile(fullgraph=True)`` compiles the side pass, all that is trained below a
     re-entry, with ``torch.compile``: one graph, forward and backward, and a second one when the
     number of labelled tokens first changes. State dicts and checkpoints stay the same. Within it,

@@ -80,6 +80,7 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
     checkpoint = _check_output(options)
     _check_context(options.context, _max_context(options.model, options.gguf_file), options.model)
     _check_reporter(options.report_to)
+    _check_optimizer(options.optimizer)
 
     from transformers import PrinterCallback
 
@@ -206,6 +207,16 @@ def _check_reporter(name: str) -> None:
 
     if name == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError("report_to: tensorboard is not installed (pip install tensorboard)")
+
+
+def _check_optimizer(name: str) -> None:
+    from importlib.util import find_spec
+
+    if name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "optimizer: adamw_8bit needs bitsandbytes, which is not installed (pip install "
+            "bitsandbytes)"
+        )
 
 
 def _check_context(context: int, longest: int | None, model: str) -> None:

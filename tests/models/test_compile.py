@@ -105,6 +105,23 @@ def test_within_a_training_step(make, positions):
     assert set(model.state_dict()) == names
 
 
+def test_a_compiler_decides_by_itself_what_to_keep(make):
+    """Gradient checkpointing breaks no graph of the side pass, and changes nothing in it."""
+    backbone = backbone_from_transformers(make("llama", num_hidden_layers=LAYERS))
+    model = LadderForCausalLM.from_backbone(backbone, LADDERS["transformer"]).train()
+    ids = torch.randint(3, 128, (2, 10))
+
+    def step() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters())))
+
+    model.gradient_checkpointing = True
+    expected = step()
+    model.ladder.compile(fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(step(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_on_a_gpu_that_is_not_there(make):
     with fake_cuda() as device:
         backbone = backbone_from_config(

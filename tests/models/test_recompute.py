@@ -260,6 +260,17 @@ def test_transformers_own_switch_turns_it_on(name: str, backbone: Backbone):
     assert len(more) > 2
 
 
+def test_nothing_to_learn_has_gradients_of_zero(backbone: Backbone):
+    model = LadderForCausalLM.from_backbone(backbone, CONFIGS["lst"]).train()
+    model.gradient_checkpointing = True
+    loss = model(IDS, labels=torch.full_like(IDS, -100)).loss
+    loss.backward()
+    assert loss == 0
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
 def test_a_model_that_is_not_training_recomputes_nothing(backbone: Backbone):
     model = LadderForCausalLM.from_backbone(backbone, CONFIGS["lst"]).eval()
     model.gradient_checkpointing = True

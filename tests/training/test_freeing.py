@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit
@@ -194,6 +196,47 @@ def test_states_of_8_bits_learn_as_others_do(options: TrainOptions, tmp_path: Pa
     assert of_8_bits > 0.9 * sum(sizes)
     numbers = [tensor for tensor in tensors_of(saved["state"]) if tensor.dtype == torch.uint8]
     assert sum(tensor.numel() for tensor in numbers) == 2 * of_8_bits
+
+
+def test_without_bitsandbytes_8_bits_are_refused_at_once(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+    with pytest.raises(ConfigError, match="optimizer: adamw_8bit needs bitsandbytes, which is not"):
+        train(replace(options, optimizer="adamw_8bit", model="nowhere"))
+    assert not options.output_folder.exists()
+
+
+def test_a_trainer_may_train_again(
+    make_model: Callable[..., LadderForCausalLM], packed: datasets.Dataset, tmp_path: Path
+):
+    """What steps during backward passes is there during ``train`` only, and only once."""
+    found = []
+    for freed in (False, True):
+        model = make_model()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            learning_rate=1e-2,
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = PerplexityTrainer(
+            model=model, args=arguments, train_dataset=packed, free_gradients=freed
+        )
+        for _ in range(2):
+            trainer.train()
+            model(IDS, labels=IDS).loss.backward()
+            assert all(p.grad is not None for p in model.parameters())
+            model.zero_grad()
+        found.append(model.state_dict())
+    assert_same_state(found[1], found[0])
 
 
 def test_what_needs_all_gradients_at_once_is_refused(
