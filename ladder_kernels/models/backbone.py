@@ -518,7 +518,8 @@ class Backbone(nn.Module):
             adapters: Of each layer above that, or none at all.
             cache: A transformers ``Cache``; layer ``i`` of the backbone uses its layer ``i``.
             recompute: Keep each layer's input alone and run the layer again in the backward pass
-                (gradient checkpointing): less memory, more time.
+                (gradient checkpointing): less memory, more time. Not with a cache, which must not
+                be written to twice.
 
         Returns:
             ``y``, ``[B, S, D]`` in the compute dtype, before the final norm.
@@ -529,7 +530,7 @@ class Backbone(nn.Module):
         self._round_below(min(self._rounded_below, start))
         with torch.autocast(self.device.type, enabled=False):
             states, placed = hidden.to(self.dtype), layout.to(self.device)
-            recompute = recompute and torch.is_grad_enabled()
+            recompute = recompute and cache is None and torch.is_grad_enabled()
             return self._top(states, placed, cache, start, adapters, recompute)
 
     def _round_below(self, stop: int) -> None:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from ladder_kernels.errors import ConfigError
@@ -19,6 +18,7 @@ from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout, attend
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear
+from ladder_kernels.nn.recompute import keep_inputs
 from ladder_kernels.nn.rotary import Rotary
 from ladder_kernels.nn.slices import token_slices
 from ladder_kernels.ops import nf4_swiglu, nf4_swiglu_int8, rms_norm, rotary_
@@ -469,23 +469,26 @@ class NativeBackbone(Backbone):
         recompute = recompute or (self.streams and torch.is_grad_enabled())
         for layer in range(start, self.num_layers):
             own = adapters[layer - start] if adapters else None
-            block = self._above(layer, start)
-            if recompute:
-                hidden = checkpoint(block, hidden, layout, rotary, cache, own, use_reentrant=False)
-            else:
-                hidden = block(hidden, layout, rotary, cache, own)
+            block = self._above(layer, start, layout, rotary, cache, own)
+            hidden = keep_inputs(block, hidden) if recompute else block(hidden)
         return hidden
 
-    def _above(self, layer: int, start: int) -> Callable[..., torch.Tensor]:
-        """A layer above a re-entry: run once upwards, and run again downwards if recomputed."""
+    def _above(self, layer: int, start: int, *rest: Any) -> Callable[..., torch.Tensor]:
+        """A layer above a re-entry: run once upwards, and run again downwards if recomputed.
+
+        Args:
+            layer: Its index.
+            start: The lowest above the re-entry.
+            rest: What :meth:`NativeBlock.forward` takes besides the residual stream.
+        """
         ran = False
 
-        def run(*inputs: Any) -> torch.Tensor:
+        def run(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal ran
             then = layer - 1 if ran else layer + 1
             ran = True
             self._bring(layer, then if start <= then < self.num_layers else None)
-            return self.blocks[layer](*inputs)
+            return self.blocks[layer](hidden, *rest)
 
         return run
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from ladder_kernels import LadderConfig, LadderForCausalLM
+from ladder_kernels import LadderConfig, LadderForCausalLM, use_backend
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.loading import backbone_from_transformers
@@ -203,6 +203,30 @@ def test_recomputing_layers_changes_no_bit(backbone_of: Any, name: str) -> None:
     for one, other in zip(found[False][1], found[True][1], strict=True):
         assert torch.equal(one, other)
     assert found[True][2] < found[False][2]
+
+
+def test_layers_run_again_on_the_backend_of_the_forward_pass(backbone_of: Any) -> None:
+    model = stirred(LadderForCausalLM.from_backbone(backbone_of("llama"), CONFIGS["both"]))
+    found = []
+    for recompute in (False, True):
+        model.train().gradient_checkpointing = recompute
+        with use_backend("reference"):
+            loss = model(IDS, labels=IDS).loss
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_cache_is_written_to_once(backbone_of: Any) -> None:
+    model = stirred(LadderForCausalLM.from_backbone(backbone_of("llama"), CONFIGS["both"]))
+    found = []
+    for recompute in (False, True):
+        model.train().gradient_checkpointing = recompute
+        out = model(IDS, use_cache=True)
+        grads = torch.autograd.grad(out.logits.square().sum(), list(model.parameters()))
+        assert out.past_key_values.get_seq_length() == IDS.shape[1]
+        assert out.past_key_values.get_seq_length(model.backbone.num_layers - 1) == IDS.shape[1]
+        found.append(grads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
