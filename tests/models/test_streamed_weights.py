@@ -175,8 +175,8 @@ def trained_step(model: LadderForCausalLM) -> tuple[torch.Tensor, dict[str, torc
     model.train()
     model.zero_grad()
     loss: Any = sum(
-        model(ids, attention_mask=mask, labels=ids).loss
-        for ids, mask in ((IDS, MASK), (IDS[:, :7], None))
+        model(ids.to(model.device), attention_mask=mask, labels=ids.to(model.device)).loss
+        for ids, mask in ((IDS, MASK.to(model.device)), (IDS[:, :7], None))
     )
     loss.backward()
     return loss.detach(), {
@@ -493,3 +493,27 @@ def test_a_tied_float_head_is_needed_on_the_gpu(make: Any) -> None:
             backbone_from_config(config, device=device, weights="streamed")
         model = backbone_from_config(config, device=device, weights="streamed", embeddings="device")
         assert model.embedding.device == device
+
+
+# A GPU that is there ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("weights", ["streamed", "host"])
+def test_the_same_bits_on_a_gpu(make: Any, tmp_path: Path, weights: str, ladder: str) -> None:
+    """With layers so large that a copy that comes too early or too late is seen."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5}
+    backbone_from_transformers(make("llama", **sizes, head_dim=256)).save_pretrained(tmp_path / "a")
+    results = []
+    for place in ("resident", weights):
+        backbone = load_backbone(
+            tmp_path / "a", weights=place, embeddings="host", device="cuda", quantize_head=True
+        )
+        model = LadderForCausalLM.from_backbone(backbone, LADDERS[ladder])
+        results.append([trained_step(model) for _ in range(3)])
+        assert backbone.streams == (place != "resident")
+    for (loss, gradients), (other, theirs) in zip(*results, strict=True):
+        assert torch.equal(loss, other)
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, theirs[name]), name
