@@ -165,6 +165,11 @@ def test_embeddings_on_the_host_alone(folder_of: Any) -> None:
     assert narrow.embedding.dtype == torch.float32
     assert torch.equal(passes(narrow)[0].taps[0], passes(wide)[0].taps[0])
     assert torch.equal(passes(narrow)[0].hidden, passes(wide)[0].hidden)
+    rows = [
+        LadderForCausalLM.from_backbone(each, LADDERS["lst"]).get_input_embeddings()(IDS)
+        for each in (narrow, wide)
+    ]
+    assert torch.equal(*rows)
 
 
 def trained_step(model: LadderForCausalLM) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
