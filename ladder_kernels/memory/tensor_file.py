@@ -14,13 +14,11 @@ import mmap
 import os
 import struct
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from ladder_kernels.models.fingerprint import digest_float, digest_nf4
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.checkpoint import is_state, to_state_dict
 
-__all__ = ["Entry", "TensorFile", "TensorFileWriter", "is_mapped"]
+__all__ = ["Entry", "TensorFile", "TensorFileWriter"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -69,28 +67,6 @@ class Entry:
     nbytes: int
 
 
-# Addresses of what is mapped, for as long as it is.
-_MAPPED: WeakValueDictionary[int, _Mapping] = WeakValueDictionary()
-
-
-class _Mapping(mmap.mmap):
-    """A file in the address space, shared and read-only: page cache, which is nobody's memory."""
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is a file's, mapped by a :class:`TensorFile`.
-
-    Args:
-        tensor: On any device.
-    """
-    if tensor.device.type != "cpu" or isinstance(tensor, torch._subclasses.FakeTensor):
-        return False
-    starts = sorted(_MAPPED)
-    at = bisect_right(starts, tensor.untyped_storage().data_ptr()) - 1
-    mapping = _MAPPED.get(starts[at]) if at >= 0 else None
-    return mapping is not None and tensor.data_ptr() < starts[at] + len(mapping)
-
-
 class TensorFile:
     """A safetensors file whose header was read and whose size fits it.
 
@@ -112,7 +88,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapping: _Mapping | None = None
+        self._mapping: mmap.mmap | None = None
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -176,18 +152,15 @@ class TensorFile:
         """Give the file's pages back, as soon as no tensor that was mapped is left."""
         self._mapping = None
 
-    def _map(self) -> _Mapping:
+    def _map(self) -> mmap.mmap:
+        # Shared and read-only: page cache, which no limit on a process's own memory counts.
         try:
             with self.path.open("rb") as file:
-                mapping = _Mapping(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise MissingFileError(f"'{self.path}' does not exist") from None
         except (OSError, ValueError) as error:
             raise self._bad(str(error)) from None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*not writable.*")
-            _MAPPED[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
-        return mapping
 
 
 class TensorFileWriter:
