@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.errors import CheckpointError, MissingFileError
-from ladder_kernels.models.fingerprint import digest_float, digest_nf4
+from ladder_kernels.models.fingerprint import digest_float, digest_nf4, digest_pieces
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.checkpoint import is_state, to_state_dict
 
@@ -43,6 +43,8 @@ _METADATA, _DIGESTS = "__metadata__", "ladder_kernels.digests"
 
 # Weights begin at multiples of it, and so does the first tensor.
 _ALIGNED = 64
+# Bytes that are read at a time.
+_PIECE = 1 << 24
 # No item of a tensor is longer: what begins at a multiple of it is aligned.
 _WIDEST = 8
 # Bytes of a header's entry besides the name, four sizes of fifteen digits included; how many a
@@ -148,6 +150,33 @@ class TensorFile:
             )
         return flat.view(entry.shape)
 
+    def digest(self, key: str) -> bytes:
+        """The digest of a float tensor, read a piece at a time: none of its pages stay mapped.
+
+        Raises:
+            MissingFileError: The file is gone.
+            CheckpointError: It became shorter, or PyTorch's dtypes do not have the tensor's.
+        """
+        return digest_pieces(self.entries[key].shape, self._pieces(key))
+
+    def _pieces(self, key: str) -> Iterator[Tensor]:
+        entry = self.entries[key]
+        if entry.dtype is None:
+            raise self._bad(f"'{key}' has a dtype that is not known")
+        memory = torch.empty(min(_PIECE, entry.nbytes), dtype=torch.uint8)
+        left = entry.nbytes
+        try:
+            with self.path.open("rb") as file:
+                file.seek(entry.offset)
+                while left:
+                    piece = memory[: min(left, _PIECE)]
+                    if file.readinto(piece.numpy().data) != piece.numel():
+                        raise self._bad(f"it ends within '{key}'")
+                    yield piece.view(entry.dtype)
+                    left -= piece.numel()
+        except FileNotFoundError:
+            raise MissingFileError(f"'{self.path}' does not exist") from None
+
     def unmap(self) -> None:
         """Give the file's pages back, as soon as no tensor that was mapped is left."""
         self._mapping = None
@@ -183,7 +212,8 @@ class TensorFileWriter:
         self._digests: dict[str, str] = {}
         self._last: list[tuple[str, Tensor]] = []
         self._at = 0
-        self._file = path.open("xb")
+        self._path = path
+        self._file = path.open("xb", buffering=0)
         self._file.seek(self._start)
 
     def __enter__(self) -> TensorFileWriter:
@@ -235,8 +265,17 @@ class TensorFileWriter:
             "shape": list(tensor.shape),
             "data_offsets": [self._at, stop],
         }
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._at = stop
+
+    def _write(self, content: bytes | memoryview) -> None:
+        left = memoryview(content)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            # A full disk, which the system's own error does not name.
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def _finish(self) -> None:
         for name, tensor in sorted(self._last, key=lambda each: -each[1].itemsize):
@@ -247,4 +286,4 @@ class TensorFileWriter:
         if len(header) > room:
             raise ValueError(f"a header of {len(header)} bytes was given room for {room}")
         self._file.seek(0)
-        self._file.write(_LENGTH.pack(room) + header.ljust(room))
+        self._write(_LENGTH.pack(room) + header.ljust(room))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,18 @@ def test_float_weights_cannot_be_streamed(call, base, data, tmp_path):
     )  # fmt: skip
     run.assert_refused("weights: found 'streamed'", f"'ladder-kernels quantize {base} FOLDER'")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_no_room_for_the_file(spawn, base, tmp_path):
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "from ladder_kernels.cli import main; main(sys.argv[1:])"
+    )
+    run = spawn("quantize", base, tmp_path / "out", code=code)
+    run.assert_refused("File too large", "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*transformers' own layers")
