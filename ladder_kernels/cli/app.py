@@ -31,7 +31,7 @@ _UsageError: Any = next(
 # What the system refuses because of how the machine or the call is set up, not because of a bug.
 _REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR,
-    errno.ENAMETOOLONG,
+    errno.ENAMETOOLONG, errno.EFBIG,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -256,7 +256,6 @@ class LayerStream:
         self, layouts: Sequence[LayerLayout], device: torch.device, *, from_files: bool
     ) -> None:
         self.layouts = layouts
-        self.device = device
         self.from_files = from_files
         self._layer_of = {
             name: layer for layer, layout in enumerate(layouts) for name in layout.weights
@@ -266,6 +265,8 @@ class LayerStream:
         self._real = has_values(torch.empty(0, device=device))
         on_gpu = self._real and device.type == "cuda"
         self._slots = [_Slot(size, device, on_gpu and from_files) for size in sizes]
+        # With its number: another thread may have another current GPU.
+        self.device = self._slots[0].memory.device
         self._files = LayerFiles(layouts) if from_files else None
         self._waiting: list[Tensor] = []
         self._side: Any = None

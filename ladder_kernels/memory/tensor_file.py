@@ -14,23 +14,21 @@ import mmap
 import os
 import struct
 import warnings
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ladder_kernels.errors import CheckpointError, MissingFileError
-from ladder_kernels.models.fingerprint import digest_float, digest_nf4
+from ladder_kernels.models.fingerprint import digest_float, digest_nf4, digest_pieces
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.checkpoint import is_state, to_state_dict
 
-__all__ = ["Entry", "TensorFile", "TensorFileWriter", "is_mapped"]
+__all__ = ["Entry", "TensorFile", "TensorFileWriter"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -45,6 +43,8 @@ _METADATA, _DIGESTS = "__metadata__", "ladder_kernels.digests"
 
 # Weights begin at multiples of it, and so does the first tensor.
 _ALIGNED = 64
+# Bytes that are read at a time.
+_PIECE = 1 << 24
 # No item of a tensor is longer: what begins at a multiple of it is aligned.
 _WIDEST = 8
 # Bytes of a header's entry besides the name, four sizes of fifteen digits included; how many a
@@ -69,28 +69,6 @@ class Entry:
     nbytes: int
 
 
-# Addresses of what is mapped, for as long as it is.
-_MAPPED: WeakValueDictionary[int, _Mapping] = WeakValueDictionary()
-
-
-class _Mapping(mmap.mmap):
-    """A file in the address space, shared and read-only: page cache, which is nobody's memory."""
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is a file's, mapped by a :class:`TensorFile`.
-
-    Args:
-        tensor: On any device.
-    """
-    if tensor.device.type != "cpu" or isinstance(tensor, torch._subclasses.FakeTensor):
-        return False
-    starts = sorted(_MAPPED)
-    at = bisect_right(starts, tensor.untyped_storage().data_ptr()) - 1
-    mapping = _MAPPED.get(starts[at]) if at >= 0 else None
-    return mapping is not None and tensor.data_ptr() < starts[at] + len(mapping)
-
-
 class TensorFile:
     """A safetensors file whose header was read and whose size fits it.
 
@@ -112,7 +90,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapping: _Mapping | None = None
+        self._mapping: mmap.mmap | None = None
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -172,22 +150,46 @@ class TensorFile:
             )
         return flat.view(entry.shape)
 
+    def digest(self, key: str) -> bytes:
+        """The digest of a float tensor, read a piece at a time: none of its pages stay mapped.
+
+        Raises:
+            MissingFileError: The file is gone.
+            CheckpointError: It became shorter, or PyTorch's dtypes do not have the tensor's.
+        """
+        return digest_pieces(self.entries[key].shape, self._pieces(key))
+
+    def _pieces(self, key: str) -> Iterator[Tensor]:
+        entry = self.entries[key]
+        if entry.dtype is None:
+            raise self._bad(f"'{key}' has a dtype that is not known")
+        memory = torch.empty(min(_PIECE, entry.nbytes), dtype=torch.uint8)
+        left = entry.nbytes
+        try:
+            with self.path.open("rb") as file:
+                file.seek(entry.offset)
+                while left:
+                    piece = memory[: min(left, _PIECE)]
+                    if file.readinto(piece.numpy().data) != piece.numel():
+                        raise self._bad(f"it ends within '{key}'")
+                    yield piece.view(entry.dtype)
+                    left -= piece.numel()
+        except FileNotFoundError:
+            raise MissingFileError(f"'{self.path}' does not exist") from None
+
     def unmap(self) -> None:
         """Give the file's pages back, as soon as no tensor that was mapped is left."""
         self._mapping = None
 
-    def _map(self) -> _Mapping:
+    def _map(self) -> mmap.mmap:
+        # Shared and read-only: page cache, which no limit on a process's own memory counts.
         try:
             with self.path.open("rb") as file:
-                mapping = _Mapping(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise MissingFileError(f"'{self.path}' does not exist") from None
         except (OSError, ValueError) as error:
             raise self._bad(str(error)) from None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*not writable.*")
-            _MAPPED[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
-        return mapping
 
 
 class TensorFileWriter:
@@ -210,7 +212,8 @@ class TensorFileWriter:
         self._digests: dict[str, str] = {}
         self._last: list[tuple[str, Tensor]] = []
         self._at = 0
-        self._file = path.open("xb")
+        self._path = path
+        self._file = path.open("xb", buffering=0)
         self._file.seek(self._start)
 
     def __enter__(self) -> TensorFileWriter:
@@ -262,8 +265,17 @@ class TensorFileWriter:
             "shape": list(tensor.shape),
             "data_offsets": [self._at, stop],
         }
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._at = stop
+
+    def _write(self, content: bytes | memoryview) -> None:
+        left = memoryview(content)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            # A full disk, which the system's own error does not name.
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def _finish(self) -> None:
         for name, tensor in sorted(self._last, key=lambda each: -each[1].itemsize):
@@ -274,4 +286,4 @@ class TensorFileWriter:
         if len(header) > room:
             raise ValueError(f"a header of {len(header)} bytes was given room for {room}")
         self._file.seek(0)
-        self._file.write(_LENGTH.pack(room) + header.ljust(room))
+        self._write(_LENGTH.pack(room) + header.ljust(room))

@@ -313,6 +313,12 @@ class Backbone(nn.Module):
         """Whether layers are brought to the device one after another, so that each costs time."""
         return False
 
+    def close(self) -> None:
+        """End what brings layers to the device; a no-op where nothing does.
+
+        The same happens when the backbone is garbage-collected.
+        """
+
     def num_parameters(self) -> int:
         """Number of weights of the base model; NF4 ones count as the matrices they stand for."""
         return sum(weight.numel for weight in self._quantized()) + sum(

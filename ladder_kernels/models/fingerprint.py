@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nf4.quantize import has_values
 
-__all__ = ["combine", "digest_float", "digest_nf4"]
+__all__ = ["combine", "digest_float", "digest_nf4", "digest_pieces"]
 
 _CHUNK = 1 << 22
 
@@ -33,13 +33,18 @@ def _update(digest: Any, tensor: torch.Tensor) -> None:
 
 def digest_float(tensor: torch.Tensor) -> bytes:
     """sha256 of a float tensor's shape and values, widened to fp32."""
-    digest = hashlib.sha256(repr(("float", tuple(tensor.shape))).encode())
     if not has_values(tensor):
-        _update(digest, tensor)
-        return digest.digest()
+        return digest_pieces(tuple(tensor.shape), [tensor])
     flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        _update(digest, flat[start : start + _CHUNK].float())
+    starts = range(0, flat.numel(), _CHUNK)
+    return digest_pieces(tuple(tensor.shape), (flat[start : start + _CHUNK] for start in starts))
+
+
+def digest_pieces(shape: tuple[int, ...], pieces: Iterable[torch.Tensor]) -> bytes:
+    """As :func:`digest_float`, of a tensor that comes in pieces, flattened."""
+    digest = hashlib.sha256(repr(("float", shape)).encode())
+    for piece in pieces:
+        _update(digest, piece.float())
     return digest.digest()
 
 

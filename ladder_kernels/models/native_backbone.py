@@ -369,10 +369,7 @@ class NativeBackbone(Backbone):
         return self._stream is not None
 
     def close(self) -> None:
-        """End the thread that reads streamed weights and close their files; a no-op without.
-
-        The same happens when the backbone is garbage-collected.
-        """
+        """End the thread that reads streamed weights and close their files; see the base class."""
         if self._stream is not None:
             self._stream.close()
 
@@ -431,9 +428,9 @@ class NativeBackbone(Backbone):
     def _run(self, works: Sequence[Work], stop: int) -> None:
         hidden = []
         for work in works:
-            states = work.tokens
+            tokens = work.tokens
             # Written over as it goes up, so embeddings of the caller's are copied.
-            states = states.clone() if states.is_floating_point() else self._embedded(states)
+            states = tokens.clone() if tokens.is_floating_point() else self._embedded(tokens)
             work.emit(0, states)
             hidden.append(states)
         rotary = [self.rotary(work.layout.position_ids, self.dtype) for work in works]

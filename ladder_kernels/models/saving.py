@@ -179,8 +179,10 @@ def quantize_model(
     reader = reader_for(config, architecture, source, quantization, dtype=dtype, device=device)
     tied = bool(config.tie_word_embeddings)
     with new_folder(folder) as beside:
-        weights = _read_weights(architecture, reader, quantization, tied)
-        saved = _write_weights(beside, [*architecture.shapes(tied=False)], weights)
+        names = architecture.shapes(tied=tied and not quantization.quantize_head)
+        saved = _write_weights(
+            beside, names, _read_weights(architecture, reader, quantization, tied)
+        )
         if saved.double_quant is None:
             saved.double_quant = quantization.double_quant
         nf4_head = _HEAD in saved.quantized

@@ -97,6 +97,10 @@ class SafetensorsSource:
         """A float tensor as it lies in its file: pages of the file, not to be written to."""
         return self._files[name].mapped(name)
 
+    def digest(self, name: str) -> bytes:
+        """The digest of a float tensor, for which its file is read and not mapped."""
+        return self._files[name].digest(name)
+
     def packed(self, name: str) -> PackedWeight:
         """Where a quantised tensor lies in its files.
 

@@ -13,14 +13,30 @@ from ladder_kernels.models.backbone import Backbone
 __all__ = ["FrozenVocabulary"]
 
 
+class _Rows(nn.Embedding):
+    """Embeddings that may be elsewhere than what they are asked for, and in another dtype."""
+
+    rows_dtype: torch.dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, ``[..., D]`` for ids ``[...]``, on the device of the ids."""
+        rows = super().forward(input.to(self.weight.device))
+        return rows.to(device=input.device, dtype=self.rows_dtype)
+
+
 class FrozenVocabulary:
     """Embeddings and head of a model with a frozen backbone: they can be had, but not replaced."""
 
     _backbone: Backbone
 
     def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embeddings, frozen, sharing its memory."""
-        return nn.Embedding.from_pretrained(self._backbone.embedding, freeze=True)
+        """The backbone's token embeddings, frozen, sharing its memory.
+
+        Their rows are in the compute dtype and where the ids are, wherever they are themselves.
+        """
+        rows = _Rows.from_pretrained(self._backbone.embedding, freeze=True)
+        rows.rows_dtype = self._backbone.dtype
+        return rows
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Refused: the embeddings are frozen with the rest of the backbone.

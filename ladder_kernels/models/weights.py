@@ -70,7 +70,11 @@ class TensorSource(Protocol):
 
 @runtime_checkable
 class PackedSource(Protocol):
-    """A source whose quantised tensors lie in files, from which they can be read at any time."""
+    """A source whose tensors lie in files, from which they can be read at any time."""
+
+    def digest(self, name: str) -> bytes:
+        """The digest of a float tensor."""
+        ...
 
     def packed(self, name: str) -> PackedWeight:
         """Where a quantised tensor lies."""
@@ -259,11 +263,17 @@ class WeightReader:
             compute dtype if it does not lie in one.
         """
         mapped = self.source.mapped(self._names[name])
-        value = self._float(name) if mapped is None else mapped
+        if mapped is not None:
+            self._digests[name] = self._digest_of_mapped(name, mapped)
+            return mapped
+        value = self._float(name)
         self._digests[name] = digest_float(value)
-        if mapped is None:
-            return value.to(device="cpu", dtype=self.dtype, copy=True).contiguous()
-        return mapped
+        return value.to(device="cpu", dtype=self.dtype, copy=True).contiguous()
+
+    def _digest_of_mapped(self, name: str, tensor: torch.Tensor) -> bytes:
+        if isinstance(self.source, PackedSource):
+            return self.source.digest(self._names[name])
+        return digest_float(tensor)
 
     def _float(self, name: str) -> torch.Tensor:
         value = self._read(name)
@@ -338,7 +348,7 @@ class WeightReader:
         if self.placement.embeddings == "host" and self.device.type == "cpu":
             mapped = self.source.mapped(self._names[name])
             if mapped is not None and mapped.dtype == self.dtype:
-                self._digests[name] = digest_float(mapped)
+                self._digests[name] = self._digest_of_mapped(name, mapped)
                 return mapped
         return self._keep(name, value)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 import ladder_kernels as lk
 from ladder_kernels.models.loading import load_backbone
@@ -45,6 +48,67 @@ def test_without_texts_it_rounds_to_nearest(call, base, tmp_path):
     written = load_backbone(tmp_path / "out")
     assert same(written, load_backbone(base, blocksize=32, double_quant=False))
     assert load_tokenizer(tmp_path / "out").get_vocab() == load_tokenizer(base).get_vocab()
+
+
+def test_what_it_writes_can_be_streamed(call, base, data, tmp_path):
+    """A run from it ends in the same bits, and so do what is scored and what is said."""
+    assert call("quantize", base, tmp_path / "packed").code == 0
+    texts, scores, ladders = [], [], []
+    for weights in ("resident", "streamed"):
+        output = tmp_path / weights
+        placed = ("--weights", weights, "--device", "cpu")
+        run = call(
+            "train", "--model", tmp_path / "packed", "--data", data, "--output", output, *placed,
+            "--context", 48, "--max-steps", 3, "--gradient-accumulation", 2, "--reduction", 4,
+            "--reentry", 1, "--adapter-rank", 2, "--learning-rate", "1e-2", "--json",
+        )  # fmt: skip
+        assert (run.code, run.stderr) == (0, ""), run
+        ladders.append(load_file(output / "model.safetensors"))
+        run = call(
+            "evaluate", "--model", output, "--data", data, "--context", 48, "--json", *placed
+        )
+        scored = json.loads(run.stdout)
+        scores.append([scored[name]["perplexity"] for name in ("base", "tuned")])
+        run = call("generate", "--model", output, "--raw", "--max-new-tokens", 6, *placed, "the")
+        assert (run.code, run.stderr) == (0, ""), run
+        texts.append(run.stdout)
+    assert all(torch.equal(ladders[0][name], ladders[1][name]) for name in ladders[0])
+    assert scores[0] == scores[1]
+    assert texts[0] == texts[1]
+
+
+def test_float_weights_cannot_be_streamed(call, base, data, tmp_path):
+    run = call(
+        "train", "--model", base, "--data", data, "--output", tmp_path / "out", "--context", 48,
+        "--weights", "streamed", "--device", "cpu",
+    )  # fmt: skip
+    run.assert_refused("weights: found 'streamed'", f"'ladder-kernels quantize {base} FOLDER'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_no_room_for_the_file(spawn, base, tmp_path):
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "from ladder_kernels.cli import main; main(sys.argv[1:])"
+    )
+    run = spawn("quantize", base, tmp_path / "out", code=code)
+    run.assert_refused("File too large", "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*transformers' own layers")
+def test_layers_of_transformers_are_written_too(call, tmp_path):
+    config = Olmo2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    run = call("quantize", tmp_path / "base", tmp_path / "out", "--blocksize", 32)
+    assert run.code == 0
+    written, base = (load_backbone(tmp_path / name, blocksize=32) for name in ("out", "base"))
+    assert same(written, base)
 
 
 def test_texts_calibrate(call, base, data, prose, tmp_path):

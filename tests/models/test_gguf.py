@@ -11,9 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ladder_kernels.errors import CheckpointError, MissingFileError, UnsupportedModelError
+from ladder_kernels.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingFileError,
+    UnsupportedModelError,
+)
+from ladder_kernels.models.backbone import Quantization
 from ladder_kernels.models.gguf_source import GGUFSource
-from ladder_kernels.models.loading import backbone_from_transformers, load_backbone
+from ladder_kernels.models.loading import backbone_from_transformers, load_backbone, open_model
+from ladder_kernels.models.saving import quantize_model
 from ladder_kernels.nf4 import NF4Weight
 
 pytestmark = pytest.mark.filterwarnings(
@@ -277,3 +284,21 @@ def test_a_file_that_lacks_a_tensor(tmp_path: Path, make: Any):
     path = write(tmp_path / "tiny.gguf", two, "llama")
     with pytest.raises(CheckpointError, match=r"lacks 9 of .*model\.layers\.2\."):
         load_backbone(path)
+
+
+def test_a_file_is_quantised_weight_by_weight(tmp_path: Path, make: Any):
+    """Without a backbone, to the bits that one has; and embeddings may stay on the host."""
+    path = write(tmp_path / "tiny.gguf", make("llama"), "llama")
+    config, source = open_model(str(path), None)
+    quantize_model(
+        source, config, tmp_path / "out", quantization=Quantization(), dtype=torch.float32
+    )
+    backbone = load_backbone(path)
+    backbone.save_pretrained(tmp_path / "backbone")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("out", "backbone"))
+    assert one.read_bytes() == two.read_bytes()
+    on_host = load_backbone(path, embeddings="host", dtype=torch.bfloat16)
+    assert on_host.fingerprint == backbone.fingerprint
+    assert torch.equal(on_host.embedding, backbone.embedding.bfloat16())
+    with pytest.raises(ConfigError, match=r"tiny\.gguf holds no NF4 weights"):
+        load_backbone(path, weights="streamed")

@@ -188,7 +188,7 @@ def test_relative_bases_are_found_from_either_folder(
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ladder": SHAPE}, "is a saved ladder and has its own shape"),
-    ({"weights": "streamed"}, "weights: found 'streamed'; allowed are 'resident'"),
+    ({"weights": "nowhere"}, "weights: found 'nowhere'; allowed are 'resident'"),
     ({"taps": "tape"}, "taps: found 'tape'; allowed are 'device'"),
     ({"tap_dtype": "int4"}, "tap_dtype: found 'int4'"),
     ({"dtype": "int8"}, "dtype: found 'int8'; allowed are 'auto', 'bfloat16'"),

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ladder_kernels.errors import OutputExistsError, UnsupportedModelError
-from ladder_kernels.models.loading import backbone_from_transformers, load_backbone
+from ladder_kernels.errors import NonFiniteError, OutputExistsError, UnsupportedModelError
+from ladder_kernels.models.backbone import Quantization
+from ladder_kernels.models.loading import backbone_from_transformers, load_backbone, open_model
+from ladder_kernels.models.saving import quantize_model
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.linear import FrozenLinear
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 # bitsandbytes' CPU kernels misread scales where a row is no whole number of blocks.
 WHOLE = {"intermediate_size": 128}
+NATIVE = ("llama", "qwen3", "smollm3")
 FAMILIES = ("llama", "qwen2", "smollm3", "gpt2", "gemma2", "phi")
 
 
@@ -223,3 +226,57 @@ def test_a_save_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="no space"):
         backbone.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quantize_head", [False, True])
+@pytest.mark.parametrize("family", NATIVE)
+def test_weight_by_weight_as_from_a_backbone(
+    family: str, quantize_head: bool, tmp_path: Path, make: Any
+):
+    """The same files by bits, whether the source is float or was quantised before."""
+    make(family).save_pretrained(tmp_path / "float")
+    settings = Quantization(32, True, quantize_head)
+    name = str(tmp_path / "float")
+    for step in ("first", "again"):
+        config, source = open_model(name, None)
+        saved = quantize_model(
+            source, config, tmp_path / step, quantization=settings, dtype=torch.bfloat16
+        )
+        options = {"dtype": torch.bfloat16, "blocksize": 32, "quantize_head": quantize_head}
+        backbone = load_backbone(name, **options)
+        backbone.save_pretrained(tmp_path / f"{step}-backbone")
+        for file in ("model.safetensors", "config.json"):
+            one, two = (tmp_path / each / file for each in (step, f"{step}-backbone"))
+            assert one.read_bytes() == two.read_bytes()
+        assert saved.parameters == backbone.num_parameters()
+        assert saved.nf4_bytes == backbone.nf4_bytes()
+        name = str(tmp_path / step)
+
+
+def test_no_more_than_one_weight_is_held(tmp_path: Path, make: Any, live_floats: Any):
+    model = make("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=8, head_dim=64)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    model.save_pretrained(tmp_path / "float", max_shard_size=size // 5)
+    largest = 1024 * 256 * 4
+    del model
+    config, source = open_model(str(tmp_path / "float"), None)
+    with live_floats() as floats:
+        quantize_model(
+            source, config, tmp_path / "out", quantization=Quantization(), dtype=torch.float32
+        )
+    assert size > 28 * 2**20
+    # The tensor at hand, its fp32 blocks and small change.
+    assert floats.peak < 4 * largest
+
+
+def test_weights_that_cannot_be_written_leave_nothing(tmp_path: Path, make: Any):
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "float")
+    config, source = open_model(str(tmp_path / "float"), None)
+    with pytest.raises(NonFiniteError, match=r"layers\.2\.mlp\.up_proj"):
+        quantize_model(
+            source, config, tmp_path / "out", quantization=Quantization(), dtype=torch.float32
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]

@@ -24,7 +24,8 @@ from ladder_kernels.errors import (
     MissingFileError,
     UnsupportedModelError,
 )
-from ladder_kernels.memory.tensor_file import TensorFile, is_mapped
+from ladder_kernels.memory.ledger import is_file_mapped
+from ladder_kernels.memory.tensor_file import TensorFile
 from ladder_kernels.memory.tracing import fake_cuda
 from ladder_kernels.models.backbone import Backbone, FrozenInput
 from ladder_kernels.models.loading import (
@@ -90,7 +91,7 @@ def storage_bytes(backbone: Backbone) -> int:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in backbone.buffers()
-        if not is_mapped(tensor)
+        if not is_file_mapped(tensor)
     }
     return sum(storages.values())
 
@@ -139,22 +140,22 @@ def test_nothing_is_held_but_two_layers(folder_of: Any) -> None:
     resident, streamed = both(folder_of())
     passes(streamed)
     layer = resident.nf4_bytes() / resident.num_layers
-    assert is_mapped(streamed.embedding)
+    assert is_file_mapped(streamed.embedding)
     assert isinstance(streamed.head, torch.Tensor)
-    assert is_mapped(streamed.head)
+    assert is_file_mapped(streamed.head)
     floats = sum(t.nbytes for _, t in resident.named_weights() if isinstance(t, torch.Tensor))
     floats -= resident.embedding.nbytes + resident.head.nbytes
     assert storage_bytes(streamed) <= 2.5 * layer + 2 * floats
     assert storage_bytes(resident) > 5 * layer
     on_device = load_backbone(folder_of(), weights="streamed", embeddings="device")
-    assert not is_mapped(on_device.embedding)
+    assert not is_file_mapped(on_device.embedding)
     assert torch.equal(passes(on_device)[0].hidden, passes(resident)[0].hidden)
 
 
 def test_embeddings_on_the_host_alone(folder_of: Any) -> None:
     resident = load_backbone(folder_of())
     model = load_backbone(folder_of(), embeddings="host")
-    assert is_mapped(model.embedding)
+    assert is_file_mapped(model.embedding)
     assert not model.streams
     assert model.fingerprint == resident.fingerprint
     assert torch.equal(passes(model)[1].hidden, passes(resident)[1].hidden)
@@ -165,6 +166,11 @@ def test_embeddings_on_the_host_alone(folder_of: Any) -> None:
     assert narrow.embedding.dtype == torch.float32
     assert torch.equal(passes(narrow)[0].taps[0], passes(wide)[0].taps[0])
     assert torch.equal(passes(narrow)[0].hidden, passes(wide)[0].hidden)
+    rows = [
+        LadderForCausalLM.from_backbone(each, LADDERS["lst"]).get_input_embeddings()(IDS)
+        for each in (narrow, wide)
+    ]
+    assert torch.equal(*rows)
 
 
 def trained_step(model: LadderForCausalLM) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -175,8 +181,8 @@ def trained_step(model: LadderForCausalLM) -> tuple[torch.Tensor, dict[str, torc
     model.train()
     model.zero_grad()
     loss: Any = sum(
-        model(ids, attention_mask=mask, labels=ids).loss
-        for ids, mask in ((IDS, MASK), (IDS[:, :7], None))
+        model(ids.to(model.device), attention_mask=mask, labels=ids.to(model.device)).loss
+        for ids, mask in ((IDS, MASK.to(model.device)), (IDS[:, :7], None))
     )
     loss.backward()
     return loss.detach(), {
@@ -415,7 +421,7 @@ def test_moves_and_casts(folder_of: Any) -> None:
     for model in (resident, streamed):
         model.to("cpu").to(torch.bfloat16)
     assert streamed.dtype == torch.bfloat16
-    assert is_mapped(streamed.embedding)
+    assert is_file_mapped(streamed.embedding)
     assert torch.equal(passes(streamed)[0].hidden, passes(resident)[0].hidden)
     model = LadderForCausalLM.from_backbone(streamed, LADDERS["lst"])
     with pytest.raises(ConfigError, match="weights are streamed stays on cpu; load it with device"):
@@ -493,3 +499,27 @@ def test_a_tied_float_head_is_needed_on_the_gpu(make: Any) -> None:
             backbone_from_config(config, device=device, weights="streamed")
         model = backbone_from_config(config, device=device, weights="streamed", embeddings="device")
         assert model.embedding.device == device
+
+
+# A GPU that is there ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("weights", ["streamed", "host"])
+def test_the_same_bits_on_a_gpu(make: Any, tmp_path: Path, weights: str, ladder: str) -> None:
+    """With layers so large that a copy that comes too early or too late is seen."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5}
+    backbone_from_transformers(make("llama", **sizes, head_dim=256)).save_pretrained(tmp_path / "a")
+    results = []
+    for place in ("resident", weights):
+        backbone = load_backbone(
+            tmp_path / "a", weights=place, embeddings="host", device="cuda", quantize_head=True
+        )
+        model = LadderForCausalLM.from_backbone(backbone, LADDERS[ladder])
+        results.append([trained_step(model) for _ in range(3)])
+        assert backbone.streams == (place != "resident")
+    for (loss, gradients), (other, theirs) in zip(*results, strict=True):
+        assert torch.equal(loss, other)
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, theirs[name]), name
