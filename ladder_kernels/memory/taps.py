@@ -254,8 +254,8 @@ class TapStore(ABC):
     name: ClassVar[str]
     leaves_padding: ClassVar[bool] = False
 
-    def check(self, fingerprint: str, base: str) -> None:
-        """Refuse a base that it cannot serve, without writing anything.
+    def check(self, fingerprint: str, base: str) -> None:  # noqa: B027
+        """Refuse a base that it cannot serve, without writing anything; most serve any.
 
         Args:
             fingerprint: Of the backbone.

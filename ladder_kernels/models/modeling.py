@@ -552,9 +552,12 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         if ladder is None:
             return frozen.hidden if select is None else frozen.hidden[select]
         recompute = self.gradient_checkpointing and self.training
-        # A compiled side pass keeps every tap in its graph anyway, and knows nothing of stores.
-        compiled = ladder._compiled_call_impl is not None
-        taps = dict(frozen.taps) if compiled else frozen.taps
+        taps = frozen.taps
+        if ladder._compiled_call_impl is not None:
+            # It keeps every tap in its graph anyway, and knows nothing of stores; and where the
+            # frozen pass was not run, nobody has looked yet who sees whom, which no graph can.
+            taps = dict(taps)
+            layout.first_seen()
         if not ladder.reentry:
             return ladder(
                 taps, frozen.hidden, layout, cache=cache, select=select, recompute=recompute

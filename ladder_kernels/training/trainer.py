@@ -95,7 +95,8 @@ class PerplexityTrainer(Trainer):
         """As a plain ``Trainer``'s; with streamed weights, their frozen passes are run as well."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         model: Any = self.model
-        if len(batches) > 1 and model.backbone.streams:
+        backbone = getattr(model, "backbone", None)
+        if len(batches) > 1 and getattr(backbone, "streams", False):
             model.prefill([self._prepare_inputs(batch) for batch in batches])
         return batches, items
 

@@ -61,6 +61,14 @@ def fill(record: TapRecord, tokens: torch.Tensor) -> None:
     record.finish()
 
 
+def finish(record: TapRecord, tokens: torch.Tensor, start: int) -> None:
+    """Write the states from layer ``start`` on."""
+    for layer, state in enumerate(states_of(tokens)):
+        if layer >= start:
+            record.write(layer, state)
+    record.finish()
+
+
 def assert_holds(record: TapRecord, tokens: torch.Tensor) -> None:
     states = states_of(tokens)
     for layer in PLAN.layers:
@@ -227,7 +235,8 @@ def test_two_that_write_the_same_sequence_both_have_it(tmp_path):
 def test_the_cache_is_bounded(tmp_path):
     size = EntryLayout("ab" * 32, PLAN, LENGTH).size
     base = len(json.dumps({"format": "", "base": "", "fingerprint": ""})) + 200
-    store = DiskTaps(tmp_path, limit=2 * size + base)
+    limit = 2 * size + base
+    store = DiskTaps(tmp_path, limit=limit)
     for seed in (1, 2):
         fill(open_record(store, sequence(seed)), sequence(seed))
     with pytest.warns(TapWarning, match=r"tap cache holds .* training goes on.* are not kept"):
@@ -242,7 +251,7 @@ def test_the_cache_is_bounded(tmp_path):
     assert open_record(store, sequence(1)).rows == []
     assert open_record(store, sequence(3)).rows == [0]
     assert names(tmp_path) == [".json", ".taps", ".taps"]
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= store.limit
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
 
 
 def test_files_in_the_making_count(tmp_path):
@@ -350,10 +359,7 @@ def test_no_room_in_the_middle(layer, tmp_path, file_limit):
     offset = EntryLayout("ab" * 32, PLAN, LENGTH).places[[0, 2, 2, 3, -1][layer]][0].offset
     file_limit(offset + 100)  # a write may be cut short before one fails
     with pytest.warns(TapWarning, match="cannot be written"):
-        for place, state in enumerate(states_of(tokens)):
-            if place >= layer:
-                record.write(place, state)
-    record.finish()
+        finish(record, tokens, layer)
     assert_holds(record, tokens)
     assert names(tmp_path) == [".json"]
 

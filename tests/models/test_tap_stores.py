@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError
@@ -243,6 +244,22 @@ def test_evaluation_and_generation_write_nothing(backbone, tmp_path):
             IDS, layout=model._layout(IDS, None, None, None), cache=object(),
             store=DiskTaps(tmp_path),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_a_compiled_side_pass_reads_any_store(backbone, store, tmp_path):
+    """One graph, also in the second epoch, which reads what the first one wrote."""
+    batch = {"input_ids": IDS, "attention_mask": RIGHT}
+    expected = step(shaken(backbone, tap_dtype="float32"), batch)
+    model = placed(backbone, store, tmp_path, tap_dtype="float32")
+    torch._dynamo.reset()
+    counters.clear()
+    model.ladder.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        found = step(model, batch)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 # Several micro-batches together -------------------------------------------------------------------
