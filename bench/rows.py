@@ -19,6 +19,7 @@ __all__ = [
     "Row",
     "bytes_of",
     "commit",
+    "cosines",
     "device_name",
     "perplexities",
     "report",
@@ -99,6 +100,12 @@ def perplexities(measured: Mapping[str, float], *packages: str, **about: str) ->
     """Rows of perplexities by candidate; arguments as of :func:`seconds`."""
     figures = {name: (number, number, number) for name, number in measured.items()}
     return _measured("perplexity", figures, *packages, **about)
+
+
+def cosines(measured: Mapping[str, float], *packages: str, **about: str) -> list[Row]:
+    """Rows of cosines of an angle by candidate; arguments as of :func:`seconds`."""
+    figures = {name: (number, number, number) for name, number in measured.items()}
+    return _measured("cosine", figures, *packages, **about)
 
 
 def _measured(

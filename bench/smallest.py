@@ -123,7 +123,7 @@ def _model(step: Step) -> Iterator[tuple[Any, Any]]:
             dtype="bfloat16",
         )
         model.train()
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing = True
         model.backbone.slice_tokens = _SLICE
         optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         GradientFreeing(optimizer, lambda: True)

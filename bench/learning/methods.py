@@ -23,11 +23,13 @@ class Method:
         config: Makes the configuration for a backbone of so many layers, and a seed.
         rate: Learning rate of the rungs, at its highest.
         adapter_rate: That of the adapters.
+        tap_dtype: What taps are kept in.
     """
 
     config: Callable[[int, int], LadderConfig]
     rate: float = 3e-3
     adapter_rate: float = 1e-3
+    tap_dtype: str = "bfloat16"
 
 
 def _spaced(below: int, rungs: int) -> tuple[tuple[int, ...], ...]:
@@ -88,10 +90,14 @@ METHODS: Mapping[str, Method] = {
     "ladder": Method(config=_ladder(0.0, rungs=10)),
     "ladder, attention": Method(config=_lst(every=3, width=72)),
     "probe": Method(config=_ladder(0.0, rungs=1, width=144)),
+    "ladder, int8 taps": Method(config=_ladder(0.0, rungs=10), tap_dtype="int8"),
     # Ladders that re-enter below the top share of the layers.
     "re-entry 1/4": Method(config=_ladder(0.25)),
     "re-entry 1/2": Method(config=_ladder(0.5)),
     "re-entry 1/2 + r16": Method(config=_ladder(0.5, rank=16), adapter_rate=2e-3),
+    "re-entry 1/2 + r16, int8 taps": Method(
+        config=_ladder(0.5, rank=16), adapter_rate=2e-3, tap_dtype="int8"
+    ),
     "re-entry 3/4 + r16": Method(config=_ladder(0.75, rank=16), adapter_rate=2e-3),
     # Sizes of the same ladder, for the slopes.
     "re-entry 1/2 d18": Method(config=_ladder(0.5, width=18)),

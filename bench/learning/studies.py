@@ -79,6 +79,8 @@ def _docstrings() -> Iterator[Trial]:
             yield trial("qlora", steps=_STEPS, rate=0.5)
             yield trial("ladder", steps=_STEPS)
             yield trial("ladder", steps=107)
+            yield trial("ladder, int8 taps", steps=_STEPS)
+            yield trial(f"{_WINNER}, int8 taps", steps=_STEPS)
             yield trial("re-entry 1/2", steps=_STEPS)
             yield trial("re-entry 1/4", steps=_STEPS)
             yield trial("re-entry 1/4", steps=72)

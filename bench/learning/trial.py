@@ -160,8 +160,9 @@ def _prepared(
         rate = trial.rate * FULL_RATE
         return whole, [{"params": list(whole.parameters()), "lr": rate}]
     backbone = load_base(trial.base) if backbone is None else backbone
-    config = method_of(trial.method).config(backbone.num_layers, trial.seed)
-    model = LadderForCausalLM.from_backbone(backbone, config)
+    method = method_of(trial.method)
+    config = method.config(backbone.num_layers, trial.seed)
+    model = LadderForCausalLM.from_backbone(backbone, config, tap_dtype=method.tap_dtype)
     return model, groups_of(model, trial.method, trial.rate)
 
 
