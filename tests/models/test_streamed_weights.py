@@ -177,7 +177,8 @@ def trained_step(model: LadderForCausalLM) -> tuple[torch.Tensor, dict[str, torc
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.add_(noise.to(parameter.device))
     model.train()
     model.zero_grad()
     loss: Any = sum(
@@ -376,18 +377,17 @@ def test_an_error_of_the_reading_thread_comes_through(own: Path) -> None:
 
 
 def test_it_closes(own: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     model = load_backbone(own, weights="streamed")
-    assert isinstance(model, NativeBackbone)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     passes(model)
-    assert threading.active_count() == before + 1
+    (thread,) = set(threading.enumerate()) - before
     model.close()
-    assert threading.active_count() == before
+    assert not thread.is_alive()
     with pytest.raises(ConfigError, match="was closed"):
         passes(model)
     model.close()
-    assert load_backbone(own).close() is None
+    load_backbone(own).close()
 
 
 def test_garbage_collection_closes_it(own: Path) -> None:
