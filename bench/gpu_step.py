@@ -5,9 +5,10 @@
 
 QLoRA is PEFT on bitsandbytes' NF4 layers in transformers, with and without gradient checkpointing,
 and once more with ``accelerate_4bit``. All methods share one frozen base and have the same tokens
-and AdamW. Each is measured by itself: seconds from step to step by events of the GPU, and the most
-bytes that PyTorch's allocator gave out (*allocated*, the base included) and held (*reserved*).
-Before anything is timed, each must lower its loss on the batch.
+and AdamW; what is trained is computed under bfloat16 autocast from float32 weights, as a Trainer
+with ``bf16=True`` does. Each is measured by itself: seconds from step to step by events of the GPU,
+and the most bytes that PyTorch's allocator gave out (*allocated*, the base included) and held
+(*reserved*). Before anything is timed, each must lower its loss on the batch.
 """
 
 from __future__ import annotations
@@ -151,11 +152,17 @@ def methods(backbone: NativeBackbone, rank: int) -> Mapping[str, Make]:
     everywhere = lk.LadderConfig.adapters(layers, rank)
 
     def ladder(
-        config: lk.LadderConfig, activations: str = "exact", recompute: bool = False
+        config: lk.LadderConfig,
+        activations: str = "exact",
+        *,
+        recompute: bool = False,
+        compiled: bool = False,
     ) -> Make:
         def make() -> Any:
             model = lk.LadderForCausalLM.from_backbone(backbone, config, activations=activations)
             model.gradient_checkpointing = recompute
+            if compiled:
+                model.ladder.compile(fullgraph=True)
             return model.to(backbone.device).train()
 
         return make
@@ -172,6 +179,7 @@ def methods(backbone: NativeBackbone, rank: int) -> Mapping[str, Make]:
         "ladder, int8 activations": ladder(every, "int8"),
         "ladder of every third layer, MLP blocks": ladder(third),
         "ladder of every third layer, MLP blocks, int8 activations": ladder(third, "int8"),
+        "compiled ladder of every third layer, MLP blocks": ladder(third, compiled=True),
         "recommended ladder": ladder(recommended),
         "recommended ladder, int8 activations": ladder(recommended, "int8"),
         "recommended ladder, recomputed": ladder(recommended, recompute=True),
@@ -204,7 +212,7 @@ def measure(
     losses: list[torch.Tensor] = []
 
     def step() -> None:
-        loss = model(**batch).loss
+        loss = _loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -226,6 +234,11 @@ def measure(
         trained=sum(p.numel() for p in trained),
         losses=found,
     )
+
+
+def _loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        return model(**batch).loss
 
 
 def _check(losses: list[float]) -> None:
@@ -265,11 +278,11 @@ def _profile(make: Make, batch: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write where the time of a step goes: kernels by time, and operations by the host's time."""
     model = make()
     for _ in range(2):
-        model(**batch).loss.backward()
+        _loss(model, batch).backward()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        model(**batch).loss.backward()
+        _loss(model, batch).backward()
         torch.cuda.synchronize()
     averages = profiler.key_averages()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def measure(only: tuple[str, ...], *, model: bool = True) -> int:
         if not call.name.startswith(only):
             continue
         try:
-            quantiles = timed(call.on(device), _do_bench)
+            quantiles = timed(call.on(device), do_bench)
         except torch.OutOfMemoryError:
             print(f"{call.name}: the GPU's memory is too small to verify it; not timed", flush=True)
             continue
@@ -174,10 +174,11 @@ def timed(call: Any, timer: Timer) -> Quantiles | None:
     return timer(call)
 
 
-def _do_bench(call: Callable[[], object]) -> Quantiles:
+def do_bench(call: Callable[[], object], *, rep: int = 300) -> Quantiles:
+    """Time a call with Triton's own timer, for ``rep`` milliseconds, each call on a cold cache."""
     from triton.testing import do_bench
 
-    milliseconds: Any = do_bench(call, warmup=50, rep=300, return_mode="all")
+    milliseconds: Any = do_bench(call, warmup=max(1, rep // 6), rep=rep, return_mode="all")
     low, median, high = np.quantile(milliseconds, (0.2, 0.5, 0.8)) / 1e3
     return Quantiles(low=low, median=median, high=high, calls=len(milliseconds))
 

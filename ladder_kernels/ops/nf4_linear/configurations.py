@@ -130,6 +130,8 @@ _GATED_INT8: tuple[Product, ...] = ("gated_int8",)
 # A weight of fewer numbers has too few tiles for all multiprocessors; sums are split more.
 _SMALL = 1 << 23
 _UNPACKED = Configuration("unpacked")
+# A fast GPU waits for the host where pieces are many, and has the memory: most weights are one.
+_UNPACKED_WHOLE = Configuration("unpacked", workspace_bytes=160 << 20)
 
 TABLE: tuple[Row, ...] = (
     # One or two rows: the weight's bytes are read once, and that is what takes the time.
@@ -169,6 +171,7 @@ TABLE: tuple[Row, ...] = (
     Row(_AMD, _FORWARD, True, 256, None, _fused(128, 64, 32, 4, 2, 2), "modelled"),
     Row(_AMD, _BACK, True, 256, None, _fused(128, 32, 64, 4, 2), "modelled"),
     Row(_AMD, _GATED, True, 256, None, _fused(128, 32, 32, 4, 2, 2), "modelled"),
+    Row(_DATACENTER, _ALL, None, None, None, _UNPACKED_WHOLE, "modelled"),
     Row(_EVERY, _ALL, None, None, None, _UNPACKED, "modelled"),
     # In int8, whatever the dtype of x: never unpacked, and never on GPUs without Triton's tensor
     # cores. On RDNA tall tiles need more warps, or they spill.
