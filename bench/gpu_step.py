@@ -252,7 +252,7 @@ def rows_of(method: str, taken: Measured, *, name: str, context: int) -> Iterato
         "bench": "gpu_step",
         "model": f"{name}, random weights",
         "shape": f"B=1 S={context} loss on 1 in 1",
-        "dtype": "bfloat16",
+        "dtype": "bfloat16 autocast",
     }
     packages = ("triton", "transformers", "peft", "bitsandbytes")
     yield from results.seconds({method: taken.times}, *packages, **about)
