@@ -6,9 +6,10 @@
     python -m bench.triton_kernels --dry-run executed       without a GPU: check the list, small
 
 The calls are those of ``ladder-kernels audit``. Each result is verified against the reference, in
-float64 too, before it is timed with ``triton.testing.do_bench``; beside each time is the one that
-the audit models for the device, if it knows the device. A dry run verifies the same calls on small
-tensors, and times nothing: the compiled code is *executed* on the CPU, or *interpreted* in float32.
+float64 too, before it is timed; beside each time is the one that the audit models for the device,
+if it knows the device. The model knows this library's kernels: where a weight is unpacked, the
+product itself is cuBLAS' and not in it. A dry run verifies the same calls on small tensors, and
+times nothing: the compiled code is *executed* on the CPU, or *interpreted* in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,6 +31,11 @@ from ladder_kernels.launch import architecture, missing
 
 _FILE = "triton_kernels.csv"
 _DRY_RUNS = ("executed", "interpreted")
+_CACHE_BYTES = 256 << 20
+# About a millisecond: longer than the host takes to issue any of the calls that the GPU is done
+# with sooner.
+_SLEEP_CYCLES, _SLEEP_SECONDS = 2_000_000, 1.2e-3
+_FEWEST = 10
 _HEADER = ["case", "low", "median", "high", "modelled", "measured / modelled"]
 
 Timer = Callable[[Callable[[], object]], Quantiles]
@@ -175,12 +182,30 @@ def timed(call: Any, timer: Timer) -> Quantiles | None:
 
 
 def do_bench(call: Callable[[], object], *, rep: int = 300) -> Quantiles:
-    """Time a call with Triton's own timer, for ``rep`` milliseconds, each call on a cold cache."""
-    from triton.testing import do_bench
+    """Time calls on the GPU, each on a cold cache, for about ``rep`` milliseconds.
 
-    milliseconds: Any = do_bench(call, warmup=max(1, rep // 6), rep=rep, return_mode="all")
+    The GPU sleeps before each call while the host issues it, so that what is measured is the GPU's
+    time and not the host's.
+    """
+    cache = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - start + _SLEEP_SECONDS
+    count = max(_FEWEST, round(rep / 1e3 / once))
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in marks:
+        cache.zero_()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    milliseconds = [begin.elapsed_time(end) for begin, end in marks]
     low, median, high = np.quantile(milliseconds, (0.2, 0.5, 0.8)) / 1e3
-    return Quantiles(low=low, median=median, high=high, calls=len(milliseconds))
+    return Quantiles(low=low, median=median, high=high, calls=count)
 
 
 def rows_of(case: str, quantiles: Quantiles) -> list[results.Row]:
