@@ -159,7 +159,9 @@ def methods(backbone: NativeBackbone, rank: int) -> Mapping[str, Make]:
         compiled: bool = False,
     ) -> Make:
         def make() -> Any:
-            model = lk.LadderForCausalLM.from_backbone(backbone, config, activations=activations)
+            model: Any = lk.LadderForCausalLM.from_backbone(
+                backbone, config, activations=activations
+            )
             model.gradient_checkpointing = recompute
             if compiled:
                 model.ladder.compile(fullgraph=True)

@@ -60,10 +60,11 @@ def peft_qlora_on(backbone: NativeBackbone, *, rank: int, checkpointing: bool = 
 
 
 def _linear4bit(linear: Any, weight: NF4Weight) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     packed, state = weight.to_bitsandbytes()
-    layer = Linear4bit(
+    of_parameter: Any = Params4bit
+    layer: Any = Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
@@ -71,7 +72,7 @@ def _linear4bit(linear: Any, weight: NF4Weight) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    layer.weight = Params4bit(
+    layer.weight = of_parameter(
         packed,
         quant_state=state,
         blocksize=weight.blocksize,

@@ -80,12 +80,13 @@ def call(op: Any, *args: Any) -> Any:
 
 def _unwatched(x: Tensor) -> bool:
     """Whether an operator's own function is all that would run."""
+    internals: Any = torch._C
     return (
         not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and internals._len_torch_dispatch_stack() == 0
+        and internals._functorch.peek_interpreter_stack() is None
     )
 
 
