@@ -15,6 +15,7 @@ BENCHES = (
     "bench.linear_cross_entropy",
     "bench.nf4_quantize",
     "bench.train_step",
+    "bench.gpu_step",
     "bench.triton_kernels",
 )
 """Each runs in a process of its own."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from bench.random_base import fill_nf4
 from bench.timing import verified
 from ladder_kernels import nf4, ops
 from ladder_kernels.audit.catalogue import Case, cases
@@ -264,7 +265,6 @@ class _Made:
         )
 
     def _nf4(self, like: NF4Weight) -> NF4Weight:
-        """Any bytes are a weight; with double quantisation, scales of about 0.05."""
         weight = NF4Weight.empty(
             tuple(map(self._size, like.shape)),
             blocksize=like.blocksize,
@@ -272,12 +272,5 @@ class _Made:
             dtype=self._half,
             device=self._device,
         )
-        weight.packed.copy_(self._whole(256, tuple(weight.packed.shape), torch.uint8))
-        if weight.nested_absmax is None or weight.nested_code is None:
-            weight.absmax.uniform_(0.03, 0.07, generator=self._generator)
-            return weight
-        weight.absmax.copy_(self._whole(256, tuple(weight.absmax.shape), torch.uint8))
-        weight.nested_absmax.uniform_(0.01, 0.02, generator=self._generator)
-        weight.nested_code.copy_(torch.linspace(-1, 1, 256))
-        weight.tensors()["nested_offset"].fill_(0.05)
+        fill_nf4(weight, self._generator)
         return weight

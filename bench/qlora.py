@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-__all__ = ["peft_qlora"]
+from ladder_kernels.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    from ladder_kernels.models.native_backbone import NativeBackbone
+
+__all__ = ["peft_qlora", "peft_qlora_on"]
 
 
 def peft_qlora(base: Path, *, dtype: torch.dtype, rank: int, checkpointing: bool = False) -> Any:
@@ -19,10 +25,69 @@ def peft_qlora(base: Path, *, dtype: torch.dtype, rank: int, checkpointing: bool
         rank: Of the adapters.
         checkpointing: Whether blocks are recomputed in the backward pass.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="cpu")
+    return _adapted(model, rank, checkpointing)
+
+
+def peft_qlora_on(backbone: NativeBackbone, *, rank: int, checkpointing: bool = False) -> Any:
+    """The same on the weights of a backbone in memory, which are shared and not copied.
+
+    Args:
+        backbone: Where it is, the model will be; in its dtype.
+        rank: Of the adapters.
+        checkpointing: Whether blocks are recomputed in the backward pass.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(backbone.config, dtype=backbone.dtype)
+    for name, weight in backbone.named_weights():
+        parent, _, field = name.rpartition(".")
+        if isinstance(weight, NF4Weight):
+            model.set_submodule(parent, _linear4bit(model.get_submodule(parent), weight))
+        else:
+            frozen = nn.Parameter(weight, requires_grad=False)
+            setattr(model.get_submodule(parent), field, frozen)
+    if model.lm_head.weight.is_meta:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    # Frequencies follow from the configuration.
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config=backbone.config).to(backbone.device)
+    model.is_loaded_in_4bit = True
+    return _adapted(model, rank, checkpointing)
+
+
+def _linear4bit(linear: Any, weight: NF4Weight) -> nn.Module:
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    packed, state = weight.to_bitsandbytes()
+    of_parameter: Any = Params4bit
+    layer: Any = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = of_parameter(
+        packed,
+        quant_state=state,
+        blocksize=weight.blocksize,
+        compress_statistics=weight.double_quant,
+        quant_type="nf4",
+        bnb_quantized=True,
+        module=layer,
+    )
+    layer.quant_state = state
+    return layer
+
+
+def _adapted(model: Any, rank: int, checkpointing: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False

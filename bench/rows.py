@@ -22,6 +22,7 @@ __all__ = [
     "cosines",
     "device_name",
     "perplexities",
+    "read",
     "report",
     "seconds",
     "table",
@@ -151,15 +152,7 @@ def write(rows: Iterable[Row], file: str) -> Path:
         The file's path.
     """
     path = RESULTS / file
-    kept: dict[tuple[object, ...], Row] = {}
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as old:
-            for values in csv.DictReader(old):
-                numbers = {name: float(values[name]) for name in ("low", "median", "high")}
-                row = Row(**{**values, **numbers, "threads": int(values["threads"])})
-                kept[row.key()] = row
-    for row in rows:
-        kept[row.key()] = row
+    kept = {row.key(): row for row in (*read(file), *rows)}
     RESULTS.mkdir(exist_ok=True)
     beside = path.with_suffix(".new")
     with beside.open("w", newline="", encoding="utf-8") as new:
@@ -172,6 +165,19 @@ def write(rows: Iterable[Row], file: str) -> Path:
             writer.writerow(values)
     beside.replace(path)
     return path
+
+
+def read(file: str) -> list[Row]:
+    """The rows of a results file; none if there is no such file."""
+    path = RESULTS / file
+    if not path.exists():
+        return []
+    found = []
+    with path.open(newline="", encoding="utf-8") as old:
+        for values in csv.DictReader(old):
+            numbers = {name: float(values[name]) for name in ("low", "median", "high")}
+            found.append(Row(**{**values, **numbers, "threads": int(values["threads"])}))
+    return found
 
 
 def device_name() -> str:
@@ -199,9 +205,12 @@ def commit() -> str:
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+            )
+        except OSError:  # there is no git
+            return ""
         return done.stdout.strip()
 
     all_but_results = (":(top)", ":(top,exclude)bench/results")

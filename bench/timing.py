@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Quantiles", "alternate", "verified"]
+__all__ = ["Quantiles", "alternate", "each", "verified"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,38 @@ def alternate(
             call()
             spent[name].append(time.perf_counter() - start)
         turn += 1
-    result = {}
-    for name, times in spent.items():
-        low, median, high = np.quantile(times, (0.2, 0.5, 0.8))
-        result[name] = Quantiles(low=low, median=median, high=high, calls=len(times))
-    return result
+    return {name: _quantiles(times) for name, times in spent.items()}
+
+
+def each(call: Callable[[], object], device: torch.device, *, calls: int) -> Quantiles:
+    """Time calls one by one; on a GPU by events, from the end of one to the end of the next.
+
+    Args:
+        call: Called once more beforehand, untimed.
+        device: Where it works.
+        calls: How many.
+    """
+    call()
+    if device.type != "cuda":
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return _quantiles(times)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize(device)
+    pairs = itertools.pairwise(marks)
+    return _quantiles([start.elapsed_time(end) / 1e3 for start, end in pairs])
+
+
+def _quantiles(seconds: list[float]) -> Quantiles:
+    low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8))
+    return Quantiles(low=low, median=median, high=high, calls=len(seconds))
 
 
 def verified(

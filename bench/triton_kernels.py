@@ -2,18 +2,22 @@
 
     python -m bench.triton_kernels                          measure, on a GPU
     python -m bench.triton_kernels --only nf4_linear        cases whose name begins so
+    python -m bench.triton_kernels --processes 12           compile in so many processes first
     python -m bench.triton_kernels --dry-run executed       without a GPU: check the list, small
 
 The calls are those of ``ladder-kernels audit``. Each result is verified against the reference, in
-float64 too, before it is timed with ``triton.testing.do_bench``; beside each time is the one that
-the audit models for the device, if it knows the device. A dry run verifies the same calls on small
-tensors, and times nothing: the compiled code is *executed* on the CPU, or *interpreted* in float32.
+float64 too, before it is timed; beside each time is the one that the audit models for the device,
+if it knows the device. The model knows this library's kernels: where a weight is unpacked, the
+product itself is cuBLAS' and not in it. A dry run verifies the same calls on small tensors, and
+times nothing: the compiled code is *executed* on the CPU, or *interpreted* in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,7 +29,13 @@ from bench import rows as results
 from bench.timing import Quantiles
 from ladder_kernels.launch import architecture, missing
 
+_FILE = "triton_kernels.csv"
 _DRY_RUNS = ("executed", "interpreted")
+_CACHE_BYTES = 256 << 20
+# About a millisecond: longer than the host takes to issue any of the calls that the GPU is done
+# with sooner.
+_SLEEP_CYCLES, _SLEEP_SECONDS = 2_000_000, 1.2e-3
+_FEWEST = 10
 _HEADER = ["case", "low", "median", "high", "modelled", "measured / modelled"]
 
 Timer = Callable[[Callable[[], object]], Quantiles]
@@ -37,12 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names of cases")
     parser.add_argument("--dry-run", choices=_DRY_RUNS, help="verify small tensors on the CPU")
+    parser.add_argument("--processes", type=int, default=1, help="that compile at once")
+    parser.add_argument(
+        "--measured-only", action="store_true", help="leave out the audit's times, which take time"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="model times for the rows in bench/results/"
+    )
     options = parser.parse_args(arguments)
     reason = missing()
     if reason is not None:
         print(f"Nothing to do: {reason}.")
         return 0
     only = tuple(options.only)
+    if options.compare:
+        compare(only)
+        return 0
     if options.dry_run:
         return dry_run(options.dry_run, only)
     if not torch.cuda.is_available():
@@ -51,11 +71,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "times, and --dry-run checks the list on the CPU."
         )
         return 0
-    return measure(only)
+    if options.processes > 1:
+        compile_at_once(only, options.processes)
+    return measure(only, model=not options.measured_only)
 
 
-def measure(only: tuple[str, ...]) -> int:
-    """Verify and time the calls whose names begin so, on the GPU; returns how many are wrong."""
+def compile_at_once(only: tuple[str, ...], processes: int) -> None:
+    """Call what will be measured once, in several processes: Triton keeps what it has compiled.
+
+    What fails there fails again where it is measured, and is counted then.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=call_once, args=(only, place, processes))
+        for place in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def call_once(only: tuple[str, ...], place: int, processes: int) -> None:
+    """Call every so manyth of the calls whose names begin so, from a place on, on the GPU."""
+    from bench.kernel_calls import calls
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    chosen = [each for each in calls(architecture(device)) if each.name.startswith(only)]
+    for call in chosen[place::processes]:
+        try:
+            made = call.on(device)
+            if made.unsupported() is None:
+                made()
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{call.name}: {type(error).__name__}: {error}", flush=True)
+
+
+def measure(only: tuple[str, ...], *, model: bool = True) -> int:
+    """Verify and time calls on the GPU.
+
+    Args:
+        only: Beginnings of their names.
+        model: Whether to model the times as well.
+
+    Returns:
+        How many are wrong.
+    """
     from bench.kernel_calls import calls
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -67,21 +129,38 @@ def measure(only: tuple[str, ...]) -> int:
         if not call.name.startswith(only):
             continue
         try:
-            quantiles = timed(call.on(device), _do_bench)
+            quantiles = timed(call.on(device), do_bench)
         except torch.OutOfMemoryError:
             print(f"{call.name}: the GPU's memory is too small to verify it; not timed", flush=True)
             continue
-        except RuntimeError as error:
+        except Exception as error:  # whatever a compiler or a driver raises
             wrong += 1
-            print(f"wrong: {error}", flush=True)
+            print(f"wrong: {call.name}: {type(error).__name__}: {error}", flush=True)
             continue
         if quantiles is None:
             continue
         found += rows_of(call.name, quantiles)
-        lines.append(line_of(call.name, quantiles, modelled(call.case, name)))
+        results.write(found, _FILE)
+        seconds = modelled(call.case, name) if model else None
+        lines.append(line_of(call.name, quantiles, seconds))
         print(" ".join(lines[-1]), flush=True)
-    results.report(found, "triton_kernels.csv", _HEADER, lines)
+    results.report(found, _FILE, _HEADER, lines)
     return wrong
+
+
+def compare(only: tuple[str, ...]) -> None:
+    """Print the measured rows of cases whose names begin so beside the times that are modelled."""
+    from ladder_kernels.audit.catalogue import cases
+
+    known = {case.name: case for case in cases()}
+    found = [row for row in results.read(_FILE) if row.shape.startswith(only)]
+    lines = []
+    for row in found:
+        if row.shape in known:
+            quantiles = Quantiles(low=row.low, median=row.median, high=row.high, calls=0)
+            seconds = modelled(known[row.shape], row.device)
+            lines.append([row.device, *line_of(row.shape, quantiles, seconds)])
+    print(results.table(["device", *_HEADER], lines))
 
 
 def timed(call: Any, timer: Timer) -> Quantiles | None:
@@ -102,12 +181,31 @@ def timed(call: Any, timer: Timer) -> Quantiles | None:
     return timer(call)
 
 
-def _do_bench(call: Callable[[], object]) -> Quantiles:
-    from triton.testing import do_bench
+def do_bench(call: Callable[[], object], *, rep: int = 300) -> Quantiles:
+    """Time calls on the GPU, each on a cold cache, for about ``rep`` milliseconds.
 
-    milliseconds: Any = do_bench(call, warmup=50, rep=300, return_mode="all")
+    The GPU sleeps before each call while the host issues it, so that what is measured is the GPU's
+    time and not the host's.
+    """
+    cache = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - start + _SLEEP_SECONDS
+    count = max(_FEWEST, round(rep / 1e3 / once))
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in marks:
+        cache.zero_()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    milliseconds = [begin.elapsed_time(end) for begin, end in marks]
     low, median, high = np.quantile(milliseconds, (0.2, 0.5, 0.8)) / 1e3
-    return Quantiles(low=low, median=median, high=high, calls=len(milliseconds))
+    return Quantiles(low=low, median=median, high=high, calls=count)
 
 
 def rows_of(case: str, quantiles: Quantiles) -> list[results.Row]:

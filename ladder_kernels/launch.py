@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -92,7 +92,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object)
     # Multiply and add in one rounding: Triton's default until 3.9, and asked for explicitly since.
     options = {"enable_fp_fusion": True, **options}
     # Triton launches on the current device, whatever device the tensors are on.
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    if not first.is_cuda or first.device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device(first.device):
         kernel[grid](*args, **options)
 
 

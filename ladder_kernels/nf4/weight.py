@@ -23,6 +23,8 @@ __all__ = ["NF4Weight", "quantize_nf4"]
 
 _OUTPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
+
 # Elements that are dequantised at a time: beside the result, a few MB are held.
 _PIECE = 1 << 20
 
@@ -68,8 +70,9 @@ class NF4Weight:
             _check("nested_absmax", self.nested_absmax, torch.float32, (groups,))
             _check("nested_code", self.nested_code, torch.float32, (256,))
             _check("nested_offset", self.nested_offset, torch.float32, ())
-        for name, tensor in self.tensors().items():
-            if tensor.device != self.packed.device:
+        for name in _SCALES:
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None and tensor.device != self.packed.device:
                 raise ConfigError(
                     f"{name} is on device {tensor.device}; it must be on {self.packed.device}, "
                     "as packed"
@@ -118,10 +121,7 @@ class NF4Weight:
     @property
     def numel(self) -> int:
         """Number of elements of the logical tensor."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return math.prod(self.shape)
 
     @property
     def device(self) -> torch.device:

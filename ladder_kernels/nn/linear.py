@@ -69,6 +69,7 @@ class NF4Linear(nn.Module):
         self.blocksize = weight.blocksize
         self.weight_dtype = weight.dtype
         self.activations = "exact"
+        self._weight: NF4Weight | None = None
         for name in _TENSOR_FIELDS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
@@ -81,6 +82,14 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> NF4Weight:
         """The quantised weight, sharing memory with this module."""
+        known = self._weight
+        if known is None or any(
+            getattr(known, name) is not self._buffers[name] for name in _TENSOR_FIELDS
+        ):
+            known = self._weight = self._made()
+        return known
+
+    def _made(self) -> NF4Weight:
         return NF4Weight(
             packed=self.packed,
             absmax=self.absmax,
@@ -107,6 +116,7 @@ class NF4Linear(nn.Module):
         return linear(x, self.weight, self.bias, residual)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NF4Linear:
+        self._weight = None
         move_exactly(self, fn, _TENSOR_FIELDS)
         if self.bias is not None:
             self.bias = fn(self.bias)

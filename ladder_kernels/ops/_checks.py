@@ -89,6 +89,12 @@ def check_nf4(op: str, argument: str, weight: object) -> None:
         raise refuse(op, argument, f"has shape {list(weight.shape)}", "it must be [N, K]")
 
 
+# Asked once: compilers of older PyTorch cannot follow the question.
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+
+
 def autocast(value: Tensor) -> Tensor:
     """Cast to autocast's dtype where autocast is enabled for the tensor's device.
 
@@ -98,7 +104,7 @@ def autocast(value: Tensor) -> Tensor:
     if (
         not value.is_floating_point()
         or value.dtype == torch.float64
-        or not torch.amp.is_autocast_available(device)
+        or device not in _AUTOCAST
         or not torch.is_autocast_enabled(device)
     ):
         return value

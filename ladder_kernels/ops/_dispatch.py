@@ -33,7 +33,7 @@ from ladder_kernels.backend import get_backend, say_fallback, use_backend, warn_
 from ladder_kernels.errors import BackendError
 from ladder_kernels.ops import _triton
 
-__all__ = ["has_gpu_kernel", "register_autograd", "run"]
+__all__ = ["call", "has_gpu_kernel", "register_autograd", "run"]
 
 _MODULES = {"triton": "gpu", "cpu": "cpu", "reference": "reference"}
 _FOR_DEVICE = {"cuda": "triton", "cpu": "cpu"}
@@ -63,6 +63,31 @@ def run(op: str, function: str, *args: Any) -> Any:
             with torch.autocast(device.type, enabled=False):
                 return implementation(*args)
         return implementation(*args)
+
+
+def call(op: Any, *args: Any) -> Any:
+    """Call an operator; in inference mode, and if nobody watches, past PyTorch's dispatcher.
+
+    That takes longer than the launch of a kernel, and a frozen pass is made of such calls: a fast
+    GPU would wait for it.
+
+    Args:
+        op: what ``torch.library.custom_op`` returned.
+        *args: what to call it with; the first is a tensor.
+    """
+    return (getattr(op, "_init_fn", op) if _unwatched(args[0]) else op)(*args)
+
+
+def _unwatched(x: Tensor) -> bool:
+    """Whether an operator's own function is all that would run."""
+    internals: Any = torch._C
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and internals._len_torch_dispatch_stack() == 0
+        and internals._functorch.peek_interpreter_stack() is None
+    )
 
 
 def has_gpu_kernel(op: str, function: str, x: Tensor, *, by_name_only: bool = False) -> bool:

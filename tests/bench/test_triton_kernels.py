@@ -109,7 +109,7 @@ def test_rows_of_a_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(triton_kernels, "architecture", lambda device: "sm_86")
     monkeypatch.setattr(rows, "device_name", lambda: "NVIDIA GeForce RTX 3060")
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    monkeypatch.setattr(triton_kernels, "_do_bench", lambda call: QUANTILES)
+    monkeypatch.setattr(triton_kernels, "do_bench", lambda call: QUANTILES)
     monkeypatch.setattr(
         Call, "on", lambda call, device: whole(call, "cpu", size=shrunk, half=torch.float32)
     )

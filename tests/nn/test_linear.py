@@ -61,3 +61,13 @@ def test_gradients_pass_through():
     layer(x, residual).sum().backward()
     torch.testing.assert_close(x.grad, weight.dequantize(torch.float32).sum(0).expand(5, 64))
     torch.testing.assert_close(residual.grad, torch.ones(5, 32))
+
+
+def test_the_weight_follows_its_tensors():
+    layer = NF4Linear(quantize_nf4(torch.randn(8, 64)))
+    weight = layer.weight
+    assert layer.weight is weight  # not made and checked anew for every product
+    layer.packed = layer.packed.clone()
+    assert layer.weight.packed is layer.packed
+    layer.to("meta")
+    assert layer.weight.device.type == "meta"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ladder_kernels as lk
 from ladder_kernels import backend, native, ops
@@ -241,3 +242,28 @@ def test_native_and_reference_agree_through_the_operation():
             out.square().sum().backward()
         results.append((out.detach(), x.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_inference_passes_the_dispatcher_by_unless_somebody_watches():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def profiled():
+        with torch.profiler.profile() as profiler:
+            result = ops.rms_norm(x, None, 1e-6)
+        return result, {event.key for event in profiler.key_averages()}
+
+    x = torch.randn(3, 8)
+    expected, events = profiled()
+    assert "ladder_kernels::rms_norm" in events
+    with torch.inference_mode():
+        result, events = profiled()
+        assert "ladder_kernels::rms_norm" not in events
+        assert torch.equal(result, expected)
+        with Watch():
+            assert torch.equal(ops.rms_norm(x, None, 1e-6), expected)
+    assert "ladder_kernels.rms_norm.default" in seen

@@ -175,6 +175,19 @@ def test_the_workspace_keeps_its_budget(recorder, monkeypatch):
     assert recorder.largest == 64 * 64
 
 
+@given(length=st.integers(1, 40000), most=st.integers(1, 40000))
+def test_pieces_are_even_and_of_whole_tiles(length, most):
+    size = gpu.piece(length, most)
+    assert 1 <= size <= min(length, most)
+    count = -(-length // size)
+    if most < 256:
+        assert size == min(length, most)
+    elif most < length:
+        assert size % 256 == 0  # vectors can be read wherever a piece begins
+        assert count == -(-length // (most // 256 * 256))
+        assert size - (length - (count - 1) * size) < 256 * count
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_the_public_operation(assert_as_accurate, dtype):
     weight = quantize_nf4(torch.randn(40, 96), blocksize=32)

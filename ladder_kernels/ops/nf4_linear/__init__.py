@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops import _nf4_args
-from ladder_kernels.ops._dispatch import register_autograd, run
+from ladder_kernels.ops._dispatch import call, register_autograd, run
 from ladder_kernels.ops._numeric import flatten_rows
 
 __all__ = ["nf4_linear", "nf4_linear_transposed"]
@@ -45,7 +45,7 @@ def nf4_linear(
     """
     x = _nf4_args.checked_input(_OP, "x", x, weight, 1)
     bias, residual = _nf4_args.checked_addends(_OP, x, weight, bias, residual)
-    return _linear(x, *_nf4_args.flatten(weight), bias, residual)
+    return call(_linear, x, *_nf4_args.flatten(weight), bias, residual)
 
 
 def nf4_linear_transposed(grad: Tensor, weight: NF4Weight) -> Tensor:

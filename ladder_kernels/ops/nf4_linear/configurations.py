@@ -8,6 +8,10 @@ The model: decoding a tile costs instructions beside those of its tensor-core pr
 where tensor cores are slow (GeForce) and shows where they are fast (A100, H100). Unpacking writes
 the weight and reads it again, ``4.5 N K`` bytes, a share of the product's time that falls as M
 grows. Below the crossover the fused way is taken, which needs no workspace either.
+
+Measured rows follow ``python -m bench.nf4_configurations`` on an H100, where the crossover came
+sooner than modelled: products of bfloat16 run there on tensor-core instructions that read both
+operands from shared memory, and what is decoded must be put there first.
 """
 
 from __future__ import annotations
@@ -109,14 +113,16 @@ def _rows(n: int) -> Configuration:
 _OLD = ("sm_75",)
 _AMPERE = ("sm_80",)
 _GEFORCE = ("sm_86", "sm_89", "sm_120")
-_DATACENTER = ("sm_90", "sm_100")
+_HOPPER = ("sm_90",)
+_BLACKWELL = ("sm_100",)
+_DATACENTER = (*_HOPPER, *_BLACKWELL)
 _CDNA = ("gfx90a", "gfx942")
 _RDNA = ("gfx1100", "gfx1201")
 _AMD = (*_CDNA, *_RDNA)
 _MMA = (*_AMPERE, *_GEFORCE)
 _FUSING = (*_MMA, *_DATACENTER, *_AMD)
-# On sm_100 tiles of 64 rows spill.
-_SOME = (*_MMA, "sm_90", *_AMD)
+# On sm_100 tiles of 64 rows spill; sm_90 has its own rows.
+_SOME = (*_MMA, *_AMD)
 _NOT_RDNA = (*_MMA, *_DATACENTER, *_CDNA)
 _EVERY = (*_OLD, *_FUSING)
 
@@ -129,7 +135,11 @@ _GATED_INT8: tuple[Product, ...] = ("gated_int8",)
 
 # A weight of fewer numbers has too few tiles for all multiprocessors; sums are split more.
 _SMALL = 1 << 23
+# On an H100, a weight of fewer numbers takes more splits in the transposed product, too.
+_MIDDLE = 15 << 20
 _UNPACKED = Configuration("unpacked")
+# A fast GPU waits for the host where pieces are many, and has the memory: most weights are one.
+_UNPACKED_WHOLE = Configuration("unpacked", workspace_bytes=160 << 20)
 
 TABLE: tuple[Row, ...] = (
     # One or two rows: the weight's bytes are read once, and that is what takes the time.
@@ -140,6 +150,19 @@ TABLE: tuple[Row, ...] = (
     # Float32 has no tensor cores without TF32.
     Row(_EVERY, _ALL, False, 16, None, _fused(16, 32, 32, 4, 2, splits=4), "modelled"),
     Row(_EVERY, _ALL, False, None, None, _UNPACKED, "modelled"),
+    # An H100: more rows than these are unpacked, but for the gated product.
+    Row(_HOPPER, _FORWARD, True, 16, None, _fused(16, 64, 64, 4, 3, splits=8), "measured"),
+    Row(_HOPPER, _FORWARD, True, 64, None, _fused(64, 128, 64, 8, 3, splits=4), "measured"),
+    Row(_HOPPER, _FORWARD, True, 128, None, _fused(128, 64, 64, 8, 3, splits=4), "measured"),
+    Row(_HOPPER, _BACK, True, 16, None, _fused(16, 64, 64, 4, 3, splits=2), "measured"),
+    Row(_HOPPER, _BACK, True, 64, _MIDDLE, _fused(32, 64, 64, 4, 4, splits=4), "measured"),
+    Row(_HOPPER, _BACK, True, 64, None, _fused(64, 64, 64, 4, 4), "measured"),
+    Row(_HOPPER, _BACK, True, 128, _MIDDLE, _fused(64, 64, 64, 4, 4, splits=4), "measured"),
+    Row(_HOPPER, _BACK, True, 128, None, _fused(128, 64, 64, 8, 3, splits=2), "measured"),
+    Row(_HOPPER, _GATED, True, 16, None, _fused(16, 32, 64, 4, 3), "measured"),
+    Row(_HOPPER, _GATED, True, 64, None, _fused(64, 64, 64, 4, 3), "measured"),
+    Row(_HOPPER, _GATED, True, 512, None, _fused(128, 64, 64, 8, 3), "measured"),
+    Row(_HOPPER, _ALL, True, None, None, _UNPACKED_WHOLE, "measured"),
     # A few rows.
     Row(_FUSING, _FORWARD, True, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
     Row(_FUSING, _FORWARD, True, 16, None, _fused(16, 64, 64, 4, 3, splits=2), "modelled"),
@@ -161,19 +184,24 @@ TABLE: tuple[Row, ...] = (
     Row(_GEFORCE, _BACK, True, 2048, None, _fused(256, 32, 128, 8, 3), "modelled"),
     Row(_AMPERE, _GATED, True, 1024, None, _fused(256, 32, 32, 8, 3, 2), "modelled"),
     Row(_GEFORCE, _GATED, True, 2048, None, _fused(256, 32, 32, 8, 3, 2), "modelled"),
-    Row(_DATACENTER, _FORWARD, True, 512, None, _fused(128, 128, 64, 8, 3), "modelled"),
-    Row(_DATACENTER, _BACK, True, 512, None, _fused(128, 64, 128, 8, 3), "modelled"),
-    Row(_DATACENTER, _GATED, True, 512, None, _fused(128, 64, 64, 8, 3), "modelled"),
+    Row(_BLACKWELL, _FORWARD, True, 512, None, _fused(128, 128, 64, 8, 3), "modelled"),
+    Row(_BLACKWELL, _BACK, True, 512, None, _fused(128, 64, 128, 8, 3), "modelled"),
+    Row(_BLACKWELL, _GATED, True, 512, None, _fused(128, 64, 64, 8, 3), "modelled"),
     Row(_RDNA, _FORWARD, True, 256, None, _fused(64, 64, 32, 4, 2, 2), "modelled"),
     Row(_RDNA, _GATED, True, 256, None, _fused(64, 32, 32, 4, 2, 2), "modelled"),
     Row(_AMD, _FORWARD, True, 256, None, _fused(128, 64, 32, 4, 2, 2), "modelled"),
     Row(_AMD, _BACK, True, 256, None, _fused(128, 32, 64, 4, 2), "modelled"),
     Row(_AMD, _GATED, True, 256, None, _fused(128, 32, 32, 4, 2, 2), "modelled"),
+    Row(_BLACKWELL, _ALL, None, None, None, _UNPACKED_WHOLE, "modelled"),
     Row(_EVERY, _ALL, None, None, None, _UNPACKED, "modelled"),
     # In int8, whatever the dtype of x: never unpacked, and never on GPUs without Triton's tensor
     # cores. On RDNA tall tiles need more warps, or they spill.
     Row(_FUSING, _INT8, None, 16, _SMALL, _fused(16, 64, 64, 4, 3, splits=8), "modelled"),
     Row(_FUSING, _INT8, None, 16, None, _fused(16, 128, 64, 4, 3, splits=4), "modelled"),
+    Row(_HOPPER, _INT8, None, 64, None, _fused(64, 128, 64, 8, 3, splits=4), "measured"),
+    Row(_HOPPER, _INT8, None, 128, None, _fused(128, 64, 64, 4, 3, splits=4), "measured"),
+    Row(_HOPPER, _INT8, None, 256, None, _fused(128, 64, 64, 4, 3, splits=2), "measured"),
+    Row(_HOPPER, _INT8, None, None, None, _fused(128, 64, 64, 4, 3), "measured"),
     Row(_FUSING, _INT8, None, 64, None, _fused(64, 128, 64, 8, 3, splits=2), "modelled"),
     Row(_NOT_RDNA, _INT8, None, 128, None, _fused(128, 64, 64, 4, 3, splits=2), "modelled"),
     Row(_NOT_RDNA, _INT8, None, None, None, _fused(128, 64, 64, 4, 3), "modelled"),

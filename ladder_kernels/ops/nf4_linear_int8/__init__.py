@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops import _checks, _nf4_args
-from ladder_kernels.ops._dispatch import run
+from ladder_kernels.ops._dispatch import call, run
 from ladder_kernels.ops._numeric import flatten_rows
 
 __all__ = ["check_no_gradient", "check_whole_blocks", "nf4_linear_int8"]
@@ -52,7 +52,7 @@ def nf4_linear_int8(
     check_whole_blocks(_OP, "weight", weight)
     bias, residual = _nf4_args.checked_addends(_OP, x, weight, bias, residual)
     check_no_gradient(_OP, x=x, bias=bias, residual=residual)
-    return _linear(x, *_nf4_args.flatten(weight), bias, residual)
+    return call(_linear, x, *_nf4_args.flatten(weight), bias, residual)
 
 
 def check_whole_blocks(op: str, argument: str, weight: NF4Weight) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops import _nf4_args
-from ladder_kernels.ops._dispatch import register_autograd, run
+from ladder_kernels.ops._dispatch import call, register_autograd, run
 from ladder_kernels.ops._numeric import flatten_rows
 
 __all__ = ["nf4_swiglu"]
@@ -37,7 +37,7 @@ def nf4_swiglu(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
         BackendError: a backend forced by name cannot run this call.
     """
     x = _nf4_args.checked_gated_input(_OP, x, w_gate, w_up)
-    return _swiglu(x, *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
+    return call(_swiglu, x, *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
 
 
 _WEIGHTS = f"{_nf4_args.schema('gate_')}, {_nf4_args.schema('up_')}"

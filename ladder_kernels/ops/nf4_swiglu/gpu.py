@@ -42,8 +42,6 @@ _BACKWARD_NUMBERS = 1 << 24
 """Numbers of each of the backward's [rows of x, N] temporaries."""
 
 _ELEMENTS = 1024
-# Pieces of whole tiles, whose rows also begin where whole vectors can be read.
-_TILE_ROWS = 256
 
 
 def unsupported(x: Tensor, *_: object) -> str | None:
@@ -293,7 +291,7 @@ def _unpacked(
     M, N, K = x.shape[0], *w_gate.shape
     numbers = configuration.workspace_bytes // x.element_size()
     # Beside the rows of a weight, both products of them are in memory.
-    rows = min(N, _whole_tiles(max(1, numbers // max(1, K + 2 * M))))
+    rows = linear.piece(N, max(1, numbers // max(1, K + 2 * M)))
     workspace = x.new_empty((rows, K))
     products = x.new_empty((2, M * rows))
     for start, stop in blocks(N, rows):
@@ -317,11 +315,6 @@ def _unpacked(
     return out
 
 
-def _whole_tiles(rows: int) -> int:
-    """As many rows as whole tiles of them have; few rows are no tile."""
-    return rows if rows < _TILE_ROWS else rows // _TILE_ROWS * _TILE_ROWS
-
-
 def nf4_swiglu_backward(grad: Tensor, x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
     """Return the gradient to ``x`` ``[M, K]`` from ``grad`` ``[M, N]``; as the reference's."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -329,7 +322,9 @@ def nf4_swiglu_backward(grad: Tensor, x: Tensor, w_gate: NF4Weight, w_up: NF4Wei
         return out.zero_()
     grad = linear.adjacent(grad)
     N = w_gate.shape[0]
-    for start, stop in blocks(x.shape[0], _whole_tiles(max(64, _BACKWARD_NUMBERS // N))):
+    for start, stop in blocks(
+        x.shape[0], linear.piece(x.shape[0], max(64, _BACKWARD_NUMBERS // N))
+    ):
         rows, along = x[start:stop], grad[start:stop]
         gate = linear.nf4_linear(rows, w_gate)
         up = linear.nf4_linear(rows, w_up)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.ops import _checks, _nf4_args
-from ladder_kernels.ops._dispatch import run
+from ladder_kernels.ops._dispatch import call, run
 from ladder_kernels.ops._numeric import flatten_rows
 from ladder_kernels.ops.nf4_linear_int8 import check_no_gradient, check_whole_blocks
 
@@ -46,7 +46,7 @@ def nf4_swiglu_int8(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
         )
     check_whole_blocks(_OP, "w_gate", w_gate)
     check_no_gradient(_OP, x=x)
-    return _swiglu(x, *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
+    return call(_swiglu, x, *_nf4_args.flatten(w_gate), *_nf4_args.flatten(w_up))
 
 
 _WEIGHTS = f"{_nf4_args.schema('gate_')}, {_nf4_args.schema('up_')}"

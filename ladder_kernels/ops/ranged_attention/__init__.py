@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.ops import _checks
-from ladder_kernels.ops._dispatch import run
+from ladder_kernels.ops._dispatch import call, run
 
 __all__ = ["ranged_attention"]
 
@@ -45,7 +45,8 @@ def ranged_attention(
         _checks.check_shape(_OP, "first", first, (q.shape[0], q.shape[2]), "batch, queries")
         if first.dtype != torch.int64:
             raise _checks.refuse(_OP, "first", f"has dtype {first.dtype}", "it must be int64")
-    return _ranged_attention(q, k, v, first, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return call(_ranged_attention, q, k, v, first, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

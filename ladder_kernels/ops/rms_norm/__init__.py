@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.ops import _checks
-from ladder_kernels.ops._dispatch import register_autograd, run
+from ladder_kernels.ops._dispatch import call, register_autograd, run
 
 __all__ = ["rms_norm"]
 
@@ -58,13 +58,13 @@ def rms_norm(
         _checks.check_same_device(_OP, "weight", weight, "x", x)
         _checks.check_shape(_OP, "weight", weight, x.shape[-1:], "the last dimension of x")
     if residual is None:
-        return _rms_norm(x, weight, eps)
+        return call(_rms_norm, x, weight, eps)
     _checks.check_floating(_OP, "residual", residual)
     residual = _checks.autocast(residual)
     _checks.check_same_dtype(_OP, "residual", residual, "x", x)
     _checks.check_same_device(_OP, "residual", residual, "x", x)
     _checks.check_shape(_OP, "residual", residual, x.shape, "the shape of x")
-    return _add_rms_norm(x, residual, weight, eps)
+    return call(_add_rms_norm, x, residual, weight, eps)
 
 
 @torch.library.custom_op(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.ops import _checks
-from ladder_kernels.ops._dispatch import register_autograd, run
+from ladder_kernels.ops._dispatch import call, register_autograd, run
 
 __all__ = ["rotary", "rotary_"]
 
@@ -37,7 +37,7 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         BackendError: a backend forced by name cannot run this call.
     """
     _check(_OP, q, k, cos, sin)
-    _rotary(q, k, cos, sin)
+    call(_rotary, q, k, cos, sin)
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
