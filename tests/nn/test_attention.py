@@ -327,5 +327,6 @@ def test_attend_for_some_of_the_queries(data: st.DataObject):
     )
     if layout.first_seen(window)[0]:
         assert torch.equal(some, whole)
-    else:  # PyTorch's kernel, under a mask
-        torch.testing.assert_close(some, whole)
+    else:  # PyTorch's kernel, under a mask; it rounds weights of blocks that depend on the rows
+        bound = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(some, whole, rtol=bound, atol=bound)
