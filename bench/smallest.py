@@ -147,7 +147,10 @@ def run_step(step: Step) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_DATA, (step.limit, step.limit))
     torch.set_num_threads(step.threads)
     from bench.memory import AnonymousMemory
+    from ladder_kernels.memory.allocation import return_freed_memory
     from ladder_kernels.memory.meter import Meter
+
+    return_freed_memory()
 
     anonymous = AnonymousMemory()
     with anonymous.sampled(), _model(step) as (model, optimizer), Meter(model, optimizer) as meter:

@@ -84,6 +84,7 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
 
     from transformers import PrinterCallback
 
+    from ladder_kernels.memory.allocation import return_freed_memory
     from ladder_kernels.training.callbacks import RichProgressCallback, ThroughputCallback
     from ladder_kernels.training.data import load_tokenizer, pad_token_id_of, prepare_data
     from ladder_kernels.training.packing import LadderCollator
@@ -95,6 +96,8 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
         rows = prepare_data(options.data_options(), tokenizer, options.context)
         held_out = options.eval_data_options()
         eval_rows = held_out and prepare_data(held_out, tokenizer, options.context)
+    if options.weights == "streamed":
+        return_freed_memory()
     model = _load_model(options, ladder, arguments.device)
     if checkpoint is not None:
         _check_checkpoint(checkpoint, model)
