@@ -9,9 +9,10 @@ layer real.
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -29,6 +30,10 @@ __all__ = ["Extent", "LayerFiles", "LayerLayout", "LayerStream", "PackedWeight"]
 
 # Where tensors begin within a slot: what a GPU loads at once, and a CPU's cache line, divide it.
 _ALIGNED = 256
+# Bytes that one thread reads at a time.
+_PIECE = 1 << 23
+# Threads that read a layer for a GPU, which waits for one of them; a CPU has none to spare.
+_READERS_FOR_GPU = 4
 # The mean of the scales: one number, which files keep as text and every device has at hand.
 _RESIDENT = "nested_offset"
 
@@ -107,32 +112,12 @@ class LayerLayout:
         return replace(template, **fields)
 
 
-class LayerFiles:
-    """Layers in files, read a layer at a time into memory that is there.
+class _Reader:
+    """Reads pieces of files, one after another: its files have a position of their own."""
 
-    The first time that a layer is read, its weights are compared with their digests.
-
-    Args:
-        layouts: Of the layers; their weights have extents.
-
-    Raises:
-        MissingFileError: If a file does not exist.
-    """
-
-    def __init__(self, layouts: Sequence[LayerLayout]) -> None:
-        self.layouts = layouts
-        self._digests = [
-            {name: weight.digest for name, weight in layout.weights.items()} for layout in layouts
-        ]
-        self._verified: set[int] = set()
+    def __init__(self, paths: Iterable[Path]) -> None:
         self._files: dict[Path, FileIO] = {}
-        paths = {
-            extent.path
-            for layout in layouts
-            for weight in layout.weights.values()
-            for extent in weight.extents.values()
-        }
-        for path in sorted(paths):
+        for path in paths:
             try:
                 self._files[path] = FileIO(path)
             except FileNotFoundError:
@@ -140,33 +125,13 @@ class LayerFiles:
                 raise MissingFileError(f"'{path}' does not exist") from None
 
     def close(self) -> None:
-        """Close the files."""
         for file in self._files.values():
             file.close()
 
-    def read(self, layer: int, memory: Tensor) -> None:
-        """Read a layer.
-
-        Args:
-            layer: Its index.
-            memory: Filled as its layout says: uint8 ``[nbytes]`` or longer, on the CPU.
-
-        Raises:
-            CheckpointError: If a file has become shorter, cannot be read, or holds a weight that
-                is not the one that its digest was taken of.
-        """
-        layout = self.layouts[layer]
-        view = memory.numpy().data
-        parts = [
-            (extent.path, extent.offset, layout.starts[name][field], name, field)
-            for name, weight in layout.weights.items()
-            for field, extent in weight.extents.items()
-        ]
-        for path, offset, start, name, field in sorted(parts):
-            nbytes = layout.weights[name].template.tensors()[field].nbytes
-            self._read(path, offset, view[start : start + nbytes], name)
-        if layer not in self._verified:
-            self._verify(layer, memory)
+    def read(self, pieces: Iterable[tuple[Path, int, memoryview, str]]) -> None:
+        """Fill memory from files: path, offset, memory, and the name of the weight for messages."""
+        for path, offset, into, name in pieces:
+            self._read(path, offset, into, name)
 
     def _read(self, path: Path, offset: int, into: memoryview, name: str) -> None:
         file, done = self._files[path], 0
@@ -183,6 +148,88 @@ class LayerFiles:
                 done += got
         except OSError as error:
             raise CheckpointError(f"'{path}' cannot be read at '{name}': {error}") from error
+
+
+class LayerFiles:
+    """Layers in files, read a layer at a time into memory that is there.
+
+    The first time that a layer is read, its weights are compared with their digests.
+
+    Args:
+        layouts: Of the layers; their weights have extents.
+        readers: How many threads read a layer together; one is the caller's own.
+
+    Raises:
+        MissingFileError: If a file does not exist.
+    """
+
+    def __init__(self, layouts: Sequence[LayerLayout], readers: int = 1) -> None:
+        self.layouts = layouts
+        self._digests = [
+            {name: weight.digest for name, weight in layout.weights.items()} for layout in layouts
+        ]
+        self._verified: set[int] = set()
+        paths = {
+            extent.path
+            for layout in layouts
+            for weight in layout.weights.values()
+            for extent in weight.extents.values()
+        }
+        self._readers: list[_Reader] = []
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="ladder_kernels.reader")
+        try:
+            for _ in range(readers):
+                self._readers.append(_Reader(sorted(paths)))
+        except MissingFileError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the files."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for reader in self._readers:
+            reader.close()
+
+    def read(self, layer: int, memory: Tensor) -> None:
+        """Read a layer.
+
+        Args:
+            layer: Its index.
+            memory: Filled as its layout says: uint8 ``[nbytes]`` or longer, on the CPU.
+
+        Raises:
+            CheckpointError: If a file has become shorter, cannot be read, or holds a weight that
+                is not the one that its digest was taken of.
+        """
+        pieces = self._pieces(self.layouts[layer], memory.numpy().data)
+        first, *others = self._readers
+        count = len(self._readers)
+        started = [
+            self._pool.submit(reader.read, pieces[index::count])
+            for index, reader in enumerate(others, start=1)
+        ]
+        try:
+            first.read(pieces[::count])
+        finally:
+            # Nobody writes to the memory any more, come what may.
+            wait(started)
+        for each in started:
+            each.result()
+        if layer not in self._verified:
+            self._verify(layer, memory)
+
+    @staticmethod
+    def _pieces(layout: LayerLayout, view: memoryview) -> list[tuple[Path, int, memoryview, str]]:
+        """A layer's bytes in files and where they go, in the files' order, none of them long."""
+        pieces = []
+        for name, weight in layout.weights.items():
+            tensors = weight.template.tensors()
+            for field, extent in weight.extents.items():
+                start, nbytes = layout.starts[name][field], tensors[field].nbytes
+                for at in range(0, nbytes, _PIECE):
+                    into = view[start + at : start + min(at + _PIECE, nbytes)]
+                    pieces.append((extent.path, extent.offset + at, into, name))
+        return sorted(pieces, key=lambda piece: piece[:2])
 
     def _verify(self, layer: int, memory: Tensor) -> None:
         layout, known = self.layouts[layer], self._digests[layer]
@@ -267,7 +314,8 @@ class LayerStream:
         self._slots = [_Slot(size, device, on_gpu and from_files) for size in sizes]
         # With its number: another thread may have another current GPU.
         self.device = self._slots[0].memory.device
-        self._files = LayerFiles(layouts) if from_files else None
+        readers = min(_READERS_FOR_GPU, os.cpu_count() or 1) if on_gpu else 1
+        self._files = LayerFiles(layouts, readers) if from_files else None
         self._waiting: list[Tensor] = []
         self._side: Any = None
         if on_gpu:

@@ -134,7 +134,8 @@ class TensorFile:
         """One tensor as it lies in the file: a view of the file's pages, not to be written to.
 
         Raises:
-            CheckpointError: PyTorch's dtypes here do not have the tensor's, or the file is gone.
+            MissingFileError: The file is gone.
+            CheckpointError: It became shorter, or PyTorch's dtypes do not have the tensor's.
         """
         entry = self.entries[key]
         if entry.dtype is None:
@@ -143,6 +144,8 @@ class TensorFile:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if self._mapping is None:
             self._mapping = self._map()
+        if len(self._mapping) < entry.offset + entry.nbytes:
+            raise self._bad(f"it has become shorter, and ends before '{key}' does")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*not writable.*")
             flat = torch.frombuffer(

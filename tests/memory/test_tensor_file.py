@@ -148,6 +148,20 @@ def test_a_dtype_that_is_not_known(tmp_path: Path) -> None:
         TensorFile(path).mapped("w")
 
 
+def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.safetensors", {"v": torch.randn(20, 20), "w": torch.randn(20, 20)})
+    with file.path.open("r+b") as raw:
+        raw.truncate(file.entries["w"].offset + 7)
+    assert file.mapped("v").shape == (20, 20)
+    assert file.digest("v") == file.digests["v"]
+    for access in (file.mapped, file.digest):
+        with pytest.raises(CheckpointError, match=r"is truncated or corrupt: it .*ends .*'w'"):
+            access("w")
+    file.path.unlink()
+    with pytest.raises(MissingFileError, match="does not exist"):
+        file.digest("v")
+
+
 def test_nothing_that_is_missing_or_not_finished_is_read(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="does not exist"):
         TensorFile(tmp_path / "nowhere")

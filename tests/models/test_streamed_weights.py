@@ -24,7 +24,9 @@ from ladder_kernels.errors import (
     MissingFileError,
     UnsupportedModelError,
 )
+from ladder_kernels.memory import streaming
 from ladder_kernels.memory.ledger import is_file_mapped
+from ladder_kernels.memory.streaming import LayerFiles
 from ladder_kernels.memory.tensor_file import TensorFile
 from ladder_kernels.memory.tracing import fake_cuda
 from ladder_kernels.models.backbone import Backbone, FrozenInput
@@ -247,8 +249,6 @@ def test_a_streamed_backbone_can_be_saved_and_initialise_a_ladder(
 
 
 def test_each_layer_is_read_once_a_pass(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ladder_kernels.memory.streaming import LayerFiles
-
     read: list[int] = []
     original = LayerFiles.read
 
@@ -266,6 +266,28 @@ def test_each_layer_is_read_once_a_pass(folder_of: Any, monkeypatch: pytest.Monk
     model(IDS, labels=IDS).loss.backward()
     # Up and down again; the two at the top are there already.
     assert read == [0, 1, 2, 3, 4, 2, 1, 0]
+
+
+def test_several_threads_read_what_one_reads(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_PIECE", 1000)
+    backbone_from_transformers(make("llama")).save_pretrained(tmp_path / "packed")
+    model: Any = load_backbone(tmp_path / "packed", weights="streamed", embeddings="device")
+    layouts = model._stream.layouts
+    alone, together = LayerFiles(layouts), LayerFiles(layouts, readers=3)
+    for layer, layout in enumerate(layouts):
+        one, two = torch.zeros(2, layout.nbytes, dtype=torch.uint8)
+        alone.read(layer, one)
+        together.read(layer, two)
+        assert torch.equal(one, two)
+        assert one.any()
+    with (tmp_path / "packed" / "model.safetensors").open("r+b") as file:
+        file.truncate(10_000)
+    with pytest.raises(CheckpointError, match="it was cut short after it was opened"):
+        together.read(2, two)
+    for files in (alone, together):
+        files.close()
 
 
 # Files from elsewhere ---------------------------------------------------------------------------
@@ -399,7 +421,7 @@ def test_garbage_collection_closes_it(own: Path) -> None:
     del model
     gc.collect()
     assert stream() is None
-    assert all(file.closed for file in files._files.values())
+    assert all(file.closed for reader in files._readers for file in reader._files.values())
     thread.join(timeout=30)
     assert not thread.is_alive()
 
