@@ -58,10 +58,13 @@ class _HostRecord(TapRecord):
         self._copies = copies
         self._kept: dict[int, tuple[Tensor, ...]] = {}
         self._ahead: dict[int, _Arrival] = {}
-        weakref.finalize(self, _give_back, copies, self._kept, self._ahead)
+        self._buffers: list[Tensor] = []
+        dropped = weakref.finalize(self, _give_back, copies, self._buffers, self._ahead)
+        dropped.atexit = False
 
     def _write(self, slot: int, state: Tensor) -> None:
-        self._kept[slot] = self._copies.send(self.plan.encoding_of(slot).copy(state))
+        parts = self.plan.encoding_of(slot).copy(state)
+        self._kept[slot] = self._copies.send(parts, self._buffers)
 
     def finish(self) -> None:
         """Let go of what waits on the device, once it is copied."""
@@ -124,15 +127,27 @@ class _Copies:
     def _event(self) -> torch.Event | None:
         return None if self._stream is None else self._stream.record_event()
 
-    def send(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Copy tensors of the device, which are nobody else's, to buffers of the host."""
-        buffers = tuple(self._buffer(part) for part in parts)
+    def send(self, parts: tuple[Tensor, ...], taken: list[Tensor]) -> tuple[Tensor, ...]:
+        """Copy tensors of the device, which are nobody else's, to the host.
+
+        Args:
+            parts: The tensors.
+            taken: The buffers that hold them are added here, for :meth:`give_back`.
+
+        Returns:
+            The same tensors on the host.
+        """
+        views = []
+        for part in parts:
+            buffer = self._buffer(part.nbytes)
+            taken.append(buffer)
+            views.append(buffer[: part.nbytes].view(part.dtype).view(part.shape))
         with self._aside():
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part, non_blocking=self._stream is not None)
+            for view, part in zip(views, parts, strict=True):
+                view.copy_(part, non_blocking=self._stream is not None)
         self._sent.append(_Arrival(parts, self._event()))
         self.settle(_WAITING - 1)
-        return buffers
+        return tuple(views)
 
     def settle(self, left: int) -> None:
         """Let the computation go on only when at most ``left`` of those sent are still copied."""
@@ -155,12 +170,11 @@ class _Copies:
             torch.cuda.current_stream(self._device).wait_event(arrival.event)
         return arrival.parts
 
-    def _buffer(self, like: Tensor) -> Tensor:
-        """Room on the host for a tensor: the least free buffer that holds it, else a new one.
+    def _buffer(self, size: int) -> Tensor:
+        """So many bytes of the host: the least free buffer that has them, else a new one.
 
         A new one takes the place of a free one, so that batches of any lengths do not add up.
         """
-        size = like.numel() * like.element_size()
         self._free.sort(key=Tensor.numel)
         fits = next((i for i, buffer in enumerate(self._free) if buffer.numel() >= size), None)
         if fits is not None:
@@ -171,22 +185,17 @@ class _Copies:
             pinned = self._stream is not None
             buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             count_as("taps", buffer)
-        return buffer[:size].view(like.dtype).view(like.shape)
+        return buffer
 
-    def give_back(self, views: Sequence[Tensor]) -> None:
+    def give_back(self, buffers: Sequence[Tensor]) -> None:
         """Buffers that nobody will read again; the next copy into them waits its turn."""
-        for view in views:
-            storage = view.untyped_storage()
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._free.append(whole)
+        self._free.extend(buffers)
 
 
-def _give_back(
-    copies: _Copies, kept: dict[int, tuple[Tensor, ...]], ahead: dict[int, _Arrival]
-) -> None:
+def _give_back(copies: _Copies, buffers: list[Tensor], ahead: dict[int, _Arrival]) -> None:
+    """Called at any time, inside of inference mode too: no tensor is made here."""
     for arrival in ahead.values():
         copies.receive(arrival)
     ahead.clear()
-    for buffers in kept.values():
-        copies.give_back(buffers)
-    kept.clear()
+    copies.give_back(buffers)
+    buffers.clear()

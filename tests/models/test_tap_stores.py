@@ -20,6 +20,7 @@ LADDERS = {
     "lst": LadderConfig.lst(every=1, reduction=4),
     "several taps": LadderConfig(rungs=((1, 2), (), (3, 1)), reduction=4, merge="gate"),
     "re-entry": LadderConfig.lst(every=1, reduction=4, reentry=1, adapter_rank=2),
+    "adapters": LadderConfig.adapters(2, 4),
 }
 FEWER = LadderConfig.lst(every=3, reduction=4)
 STORES = ("device", "host", "disk")
@@ -30,6 +31,7 @@ HOLES = torch.tensor([[1] * 10, [1, 1, 0, 0, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 1, 
 PACKED = torch.tensor([[*range(6), *range(4)], [*range(10)], [*range(3), *range(3), *range(4)]])
 INPUTS: dict[str, dict[str, torch.Tensor]] = {
     "plain": {},
+    "one row": {"input_ids": IDS[:1]},  # read from its file without a copy
     "left": {"attention_mask": LEFT},
     "right": {"attention_mask": RIGHT},
     "holes": {"attention_mask": HOLES},
