@@ -58,6 +58,7 @@ class Step:
         weights: Where they live, "resident" or "streamed".
         context: Tokens.
         limit: Bytes that the process may map for itself, or ``None``.
+        every: Layers from one rung to the next.
         threads: Of the process.
     """
 
@@ -65,6 +66,7 @@ class Step:
     weights: str
     context: int = 2048
     limit: int | None = None
+    every: int = 1
     threads: int = 2
 
 
@@ -115,7 +117,7 @@ def _model(step: Step) -> Iterator[tuple[Any, Any]]:
     with tempfile.TemporaryDirectory(dir=step.base.parent) as taps:
         model = LadderForCausalLM.from_pretrained(
             step.base,
-            ladder=LadderConfig.lst(reduction=_REDUCTION),
+            ladder=LadderConfig.lst(every=step.every, reduction=_REDUCTION),
             weights=step.weights,
             embeddings="host",
             taps="disk",
@@ -206,11 +208,13 @@ def _rows(name: str, step: Step, found: dict[str, Any], layers: int) -> list[res
             *((f"{part} at the peak", value) for part, value in found["usage"].items()),
         )
     }
-    return results.bytes_of(measured, "bitsandbytes", **_about(name, step.context, layers))
+    return results.bytes_of(
+        measured, "bitsandbytes", **_about(name, step.context, layers, step.every)
+    )
 
 
-def _about(name: str, context: int, layers: int) -> dict[str, str]:
-    shape = f"B=1 S={context} layers={layers}"
+def _about(name: str, context: int, layers: int, every: int = 1) -> dict[str, str]:
+    shape = f"B=1 S={context} layers={layers} rung every {every}"
     return {"bench": "smallest", "model": name, "shape": shape, "dtype": "bfloat16"}
 
 
@@ -224,6 +228,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=list(_LIMITS), nargs="+", default=list(_LIMITS))
     parser.add_argument("--limit", type=float, help="GB; default 6 resident, 2.5 streamed")
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--every", type=int, default=1, help="layers from one rung to the next")
     parser.add_argument("--time", action="store_true", help="compare seconds, in turns")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("build/bases"), help="of bases")
@@ -237,7 +242,7 @@ def main() -> None:
     for weights in given.weights:
         limit = int(1e9 * (_LIMITS[weights] if given.limit is None else given.limit))
         step = Step(
-            base=base, weights=weights, context=given.context, limit=limit,
+            base=base, weights=weights, context=given.context, limit=limit, every=given.every,
             threads=torch.get_num_threads(),
         )  # fmt: skip
         found = _in_own_process(step)
