@@ -41,7 +41,7 @@ _OUTPUT_NUMBERS = 1 << 20
 _DOWN_PARTIALS = 256 * 64 * 64 * FLOAT32
 _LOSS_TOKENS, _LOSS_ROWS = 4096, 4096
 _LOSS_TILE = 128
-_GATED_BACKWARD = 1 << 21
+_GATED_BACKWARD_GPU, _GATED_BACKWARD_CPU, _SMALLEST_BLOCK = 1 << 24, 1 << 21, 64
 # Ids, labels, positions, places of labels and the like.
 _BYTES_OF_A_TOKEN = 96
 
@@ -483,13 +483,16 @@ class _Step:
     def _top(self) -> Iterator[Stage]:
         kept = self._kept_taps() + self._waiting() + self._fetched_taps() + self._hidden()
         side = self._activations() if self.ladder.rungs else 0
-        inside = self._top_layer() if self.recompute_top else 0
         mlp = self.tokens * self.settings.element * self.model.mlp_width
+        adapted = bool(self.ladder.config.adapter_rank)
+        # What a layer keeps, if it is to be run again, lives until the layer is done.
+        inside = self._top_layer() if self.recompute_top and adapted else 0
+        inside += 0 if adapted else mlp + 2 * self.state
         yield self._stage(
             "layers above the re-entry",
             taps=kept,
             activations=side + self._top_activations(),
-            transients=inside + mlp + self.state + self._top_workspace("forward"),
+            transients=inside + self.state + self._top_workspace("forward"),
             gradients=self.kept_gradients,
         )
 
@@ -498,24 +501,34 @@ class _Step:
         return max(self._workspace(product, self.tokens, shape) for shape in shapes)
 
     def _top_backward(self) -> Iterator[Stage]:
-        model, settings = self.model, self.settings
-        mlp = self.tokens * settings.element * model.mlp_width
+        mlp = self.tokens * self.settings.element * self.model.mlp_width
         kept = self._kept_taps() + self._waiting() + self._fetched_taps()
         side = self._activations() if self.ladder.rungs else 0
-        inside = self._top_layer() if self.recompute_top else 0
+        # What enters the layer is among the activations already.
+        inside = self._top_layer() - self.state if self.recompute_top else 0
+        workspace = self._top_workspace("transposed")
         if self.ladder.config.adapter_rank:
-            # At the product of gate and up: its gradient twice over, before what is kept is freed.
-            moving = 3 * mlp
+            # Where gate and up meet: what was kept of them, and their product's gradient, which is
+            # the sum of two.
+            moving = mlp + max(mlp, workspace) + self.state
         else:
-            numbers = min(_GATED_BACKWARD, self.tokens * model.mlp_width)
-            moving = mlp + (6 * FLOAT32 if not self.on_gpu else 2 * settings.element) * numbers
+            moving = mlp + self._gated_backward() + workspace + 2 * self.state
         yield self._stage(
             "gradient above the re-entry",
             taps=kept,
             activations=side + self._top_activations(),
-            transients=inside + moving + 2 * self.state + self._top_workspace("transposed"),
+            transients=inside + moving,
             gradients=max(self.kept_gradients, 2 * self.largest_trained),
         )
+
+    def _gated_backward(self) -> int:
+        """What the gradient of a fused SwiGLU takes for the tokens that it does at a time."""
+        width, element = self.model.mlp_width, self.settings.element
+        numbers = _GATED_BACKWARD_GPU if self.on_gpu else _GATED_BACKWARD_CPU
+        rows = min(self.tokens, max(_SMALLEST_BLOCK, numbers // width))
+        if self.on_gpu:
+            return rows * (3 * width + 2 * self.model.width) * element
+        return rows * (9 * FLOAT32 * width + 2 * self.model.width * element)
 
     # The side pass's gradient ---------------------------------------------------------------------
 
@@ -523,29 +536,27 @@ class _Step:
         kept = self._kept_taps() + self._waiting()
         gradients = max(self.kept_gradients, self.all_gradients)
         inside = max((self._rung(taps) for taps in self.ladder.rungs), default=0)
-        # Beside what a rung keeps: three gradients as wide as its MLP, less one that is done with.
-        moving = 2 * self.mlp_row + 3 * self.row
-        if self.recompute:
+        # Beside what a rung keeps: the gradients of three products as wide as its MLP, less what is
+        # done with by then, and that of the stream.
+        moving = 2 * self.mlp_row + 2 * self.row
+        rungs = self.ladder.rungs
+        for index in reversed(range(len(rungs))):
+            # The first one's gradient is the last to come.
+            share = (len(rungs) - index) / len(rungs)
+            if self.recompute:
+                taps, activations = self._read(), (index + 1) * self.row + self._side_rotary()
+                transients = inside - self.row + moving
+            else:
+                taps = round(self._fetched_taps() * (index + 1) / len(rungs))
+                gone = sum(self._rung(taps) for taps in rungs[index + 1 :])
+                activations, transients = self._activations() - gone, moving
             yield self._stage(
-                "gradient of the rungs",
-                taps=kept + self._read(),
-                activations=self._activations(),
-                transients=inside + moving,
-                gradients=gradients,
+                f"gradient of rung {index + 1}",
+                taps=kept + taps,
+                activations=activations,
+                transients=transients,
+                gradients=max(self.kept_gradients, round(gradients * share)),
             )
-        else:
-            # Gradients come as activations go; the first rung to go is the last one.
-            rungs = len(self.ladder.rungs)
-            for gone in range(rungs):
-                share = (gone + 1) / rungs
-                yield self._stage(
-                    f"gradient of rung {rungs - gone}",
-                    taps=kept + round(self._fetched_taps() * (1 - gone / rungs)),
-                    activations=self._activations()
-                    - sum(self._rung(taps) for taps in self.ladder.rungs[rungs - gone :]),
-                    transients=moving,
-                    gradients=max(self.kept_gradients, round(gradients * share)),
-                )
         partials = _DOWN_PARTIALS + 2 * FLOAT32 * self.ladder.width * self.model.width
         yield self._stage(
             "gradient of the start",
