@@ -406,7 +406,8 @@ class _Step:
         copies = 0 if self.ladder.reentry else result + FLOAT32 * tokens * self.ladder.width
         if self.ladder.config.output == "residual":
             numbers = min(_OUTPUT_NUMBERS + width, tokens * width)
-            return projected + result + copies + numbers * (2 * FLOAT32 + element)
+            each = FLOAT32 if element == FLOAT32 else 2 * FLOAT32 + element
+            return projected + result + copies + numbers * each
         if self.ladder.config.output == "interpolate":
             return copies + 5 * projected + result
         return copies + projected + result
@@ -466,6 +467,9 @@ class _Step:
         k = self.tokens * element * model.key_width
         mlp = self.tokens * element * model.mlp_width
         attention = q + 2 * k + q + FLOAT32 * self.tokens * model.heads
+        if not self.on_gpu and element != FLOAT32:
+            # On a CPU, attention that has gradients is float32, and its result is rounded.
+            attention = FLOAT32 // element * attention + q
         if model.architecture.qk_norm:
             attention += q + k
         adapted = bool(self.ladder.config.adapter_rank)
@@ -528,7 +532,8 @@ class _Step:
         rows = min(self.tokens, max(_SMALLEST_BLOCK, numbers // width))
         if self.on_gpu:
             return rows * (3 * width + 2 * self.model.width) * element
-        return rows * (9 * FLOAT32 * width + 2 * self.model.width * element)
+        # Both products, their derivative and its pieces; rounded numbers have copies in float32.
+        return rows * (6 if element == FLOAT32 else 7) * FLOAT32 * width
 
     # The side pass's gradient ---------------------------------------------------------------------
 
