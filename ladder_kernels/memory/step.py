@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ladder_kernels.errors import ConfigError
@@ -43,7 +43,7 @@ _LOSS_TOKENS, _LOSS_ROWS = 4096, 4096
 _LOSS_TILE = 128
 _GATED_BACKWARD_GPU, _GATED_BACKWARD_CPU, _SMALLEST_BLOCK = 1 << 24, 1 << 21, 64
 # Ids, labels, positions, places of labels and the like.
-_BYTES_OF_A_TOKEN = 96
+_BYTES_OF_A_TOKEN = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ class Settings:
             backward pass.
         optimizer: One of :data:`OPTIMIZERS`.
         free_gradients: Whether gradients are freed as they are applied.
+        documents: Whether rows are packed with several documents, or padded.
         answers: Share of the tokens that have a label.
         target: The GPU.
     """
@@ -82,6 +83,7 @@ class Settings:
     recompute: bool = False
     optimizer: str = "adamw"
     free_gradients: bool = False
+    documents: bool = False
     answers: float = 1.0
     target: str = HOST_TARGET
 
@@ -149,7 +151,8 @@ def optimizer_bytes(tensors: list[int], kind: str) -> int:
     if kind not in OPTIMIZERS:
         raise ConfigError(f"optimizer: found {kind!r}; allowed are {', '.join(OPTIMIZERS)}")
     if kind != "adamw_8bit":
-        return int(sum(tensors) * OPTIMIZERS[kind])
+        steps = FLOAT32 * len(tensors) if OPTIMIZERS[kind] else 0
+        return int(sum(tensors) * OPTIMIZERS[kind]) + steps
     total = 2 * 256 * FLOAT32  # the maps of both states
     for numbers in tensors:
         if numbers < _SMALLEST_8BIT:
@@ -183,8 +186,9 @@ class _Step:
             "ladder": self.trained,
             "optimizer": optimizer_bytes(tensors, settings.optimizer),
         }
-        # From the second micro-batch on, those of the ones before are there.
-        self.kept_gradients = self.trained if settings.gradient_accumulation > 1 else 0
+        # Of the micro-batch at hand: gradients of those before it, and those whose taps wait.
+        self.kept_gradients = 0
+        self.others = 0
         self.all_gradients = self.trained
         if settings.free_gradients and settings.gradient_accumulation == 1:
             self.all_gradients = 2 * self.largest_trained
@@ -197,13 +201,32 @@ class _Step:
         return self.tokens * self.model.width * (4 if dtype == "float32" else 2)
 
     def _stage(self, name: str, **parts: int) -> Stage:
-        small = {"transients": parts.pop("transients", 0) + _BYTES_OF_A_TOKEN * self.tokens}
         merged = {part: self.base.get(part, 0) + parts.get(part, 0) for part in PARTS}
-        merged["transients"] += small["transients"]
+        merged["transients"] += _BYTES_OF_A_TOKEN * self.tokens * self.settings.together
         return Stage(name, merged)
 
     def stages(self) -> list[Stage]:
-        stages = list(self._frozen())
+        """The stages of all micro-batches that differ."""
+        together, accumulation = self.settings.together, self.settings.gradient_accumulation
+        stages = []
+        if together > 1:
+            stages += self._frozen()
+        micro_batches = [(together - 1, 0)]
+        if accumulation > 1:
+            micro_batches.append((max(0, together - 2), self.trained))
+        for self.others, self.kept_gradients in micro_batches:
+            stages += self._micro_batch()
+        stages.append(
+            self._stage(
+                "optimizer step",
+                gradients=max(self.all_gradients, self.kept_gradients),
+                transients=0 if self.on_gpu else 2 * self.largest_trained,
+            )
+        )
+        return stages
+
+    def _micro_batch(self) -> list[Stage]:
+        stages = list(self._frozen()) if self.settings.together == 1 else []
         if self.ladder.rungs:
             stages += self._side()
         if self.ladder.reentry:
@@ -213,13 +236,6 @@ class _Step:
             stages += self._top_backward()
         if self.ladder.rungs:
             stages += self._side_backward()
-        stages.append(
-            self._stage(
-                "optimizer step",
-                gradients=max(self.all_gradients, self.kept_gradients),
-                transients=0 if self.on_gpu else self.largest_trained,
-            )
-        )
         return stages
 
     # Products -------------------------------------------------------------------------------------
@@ -271,7 +287,7 @@ class _Step:
         together = settings.together
         streams = together * (self.state + self.rotary)
         waiting = self.tap if settings.taps == "host" and self.on_gpu else 0
-        kept, gradients = together * self._kept_taps(), 0 if together > 1 else self.kept_gradients
+        kept, gradients = together * self._kept_taps(), self.kept_gradients
         # While the last layer runs, what will be kept of it is not there yet.
         last = self.tap if self.ladder.stop in self.ladder.tap_layers else 0
         last += 0 if self._hidden_is_a_tap else self.state
@@ -320,9 +336,17 @@ class _Step:
         heads = self.state + q + 2 * k + (q + k if model.architecture.qk_norm else 0)
         heads += max(self._linear(role, self.tokens) for role in ("q", "k", "v"))
         sums = FLOAT32 * self.tokens * model.heads if self.on_gpu else 0
-        attention = 2 * q + 2 * k + sums
+        attention = 2 * q + 2 * k + sums + self._mask(element)
         out = q + state + self._linear("o", longest) + apart
         return max(heads, attention, out, apart + gated, down)
+
+    def _mask(self, element: int) -> int:
+        """What attention among documents takes on a GPU: a mask, what it adds, repeated keys."""
+        if not (self.on_gpu and self.settings.documents):
+            return 0
+        pairs = self.tokens * self.settings.context
+        repeated = 2 * self.tokens * (self.model.query_width - self.model.key_width) * element
+        return pairs * (1 + 2 * element) + repeated
 
     # The side pass --------------------------------------------------------------------------------
 
@@ -333,6 +357,8 @@ class _Step:
         if self.ladder.has_attention:
             kept += 5 * self.row + self.row + FLOAT32 * self.tokens * self.ladder.heads
             kept += self._scores()
+            if self.on_gpu and self.settings.documents:
+                kept += FLOAT32 * self.tokens * self.settings.context
         return kept
 
     def _scores(self) -> int:
@@ -391,7 +417,7 @@ class _Step:
 
     def _waiting(self) -> int:
         """Taps of the other micro-batches that had their frozen pass together with this one."""
-        return (self.settings.together - 1) * self._kept_taps()
+        return self.others * self._kept_taps()
 
     def _selected(self) -> int:
         """Tokens for which the output is computed."""
@@ -472,6 +498,7 @@ class _Step:
             attention = FLOAT32 // element * attention + q
         if model.architecture.qk_norm:
             attention += q + k
+        attention += self._mask(element)
         adapted = bool(self.ladder.config.adapter_rank)
         # The stream before the attention and before the MLP; both norms' results are kept where
         # something is trained on them, or the MLP's gradient needs its input.
@@ -545,8 +572,11 @@ class _Step:
         # done with by then, and that of the stream.
         moving = 2 * self.mlp_row + 2 * self.row
         rungs = self.ladder.rungs
-        for index in reversed(range(len(rungs))):
-            # The first one's gradient is the last to come.
+        # The first one's gradient is the last to come. Between rungs of one kind, what is kept and
+        # what has come change evenly: the ends have the largest.
+        ends = {0, len(rungs) - 1}
+        ends |= {i for i in range(1, len(rungs)) if rungs[i] != rungs[i - 1]}
+        for index in sorted(ends, reverse=True):
             share = (len(rungs) - index) / len(rungs)
             if self.recompute:
                 taps, activations = self._read(), (index + 1) * self.row + self._side_rotary()
@@ -596,14 +626,3 @@ def _product_workspace(
         per_row = element * (K + 2 * rows)
         return min(limit, N * per_row) if limit >= per_row else per_row
     return min(limit, N * K * element) if not fused else 0
-
-
-def with_batch(settings: Settings, batch_size: int, rows: int) -> Settings:
-    """The same settings with another micro-batch, for as many rows a step.
-
-    Args:
-        settings: Of which.
-        batch_size: Rows of a micro-batch; divides ``rows``.
-        rows: Of an optimizer step.
-    """
-    return replace(settings, batch_size=batch_size, gradient_accumulation=rows // batch_size)
