@@ -273,12 +273,17 @@ class _Step:
             return decoded
         if self.settings.taps == "host":
             return decoded + 2 * self.tap
-        return decoded + (self.tap if self.on_gpu or self.settings.batch_size > 1 else 0)
+        return decoded + (0 if self._reads_files_in_place else self.tap)
+
+    @property
+    def _reads_files_in_place(self) -> bool:
+        """Whether states are read where a file is mapped; those of several rows are put together."""
+        settings = self.settings
+        return settings.taps == "disk" and not self.on_gpu and settings.batch_size == 1
 
     def _hidden(self) -> int:
         """The last state while it is used, beside what is kept."""
-        kept = self._kept_taps() > 0
-        return 0 if kept else self.state
+        return 0 if self._kept_taps() or self._reads_files_in_place else self.state
 
     # The frozen pass ------------------------------------------------------------------------------
 
@@ -334,7 +339,7 @@ class _Step:
         q = self.tokens * element * model.query_width
         k = self.tokens * element * model.key_width
         heads = self.state + q + 2 * k + (q + k if model.architecture.qk_norm else 0)
-        heads += max(self._linear(role, self.tokens) for role in ("q", "k", "v"))
+        heads += max(0, self._linear("q", self.tokens) - 2 * k, self._linear("k", self.tokens))
         sums = FLOAT32 * self.tokens * model.heads if self.on_gpu else 0
         attention = 2 * q + 2 * k + sums + self._mask(element)
         out = q + state + self._linear("o", longest) + apart
@@ -393,13 +398,16 @@ class _Step:
         """The side pass's forward half: its start, and its output."""
         kept = self._kept_taps()
         common = {"gradients": self.kept_gradients}
+        # The first tap is let go once it is float32, when the next one is on its way.
+        ahead = self.tap if self.settings.taps == "host" and self.on_gpu else 0
         yield self._stage(
             "start of the side pass",
-            taps=self._waiting() + kept + self._read() + self._hidden(),
+            taps=self._waiting() + kept + ahead + self._hidden(),
             transients=2 * self.wide_row + self.row,
             **common,
         )
-        inside = max((self._rung(taps) for taps in self.ladder.rungs), default=0)
+        # Without recomputation, what is inside the rungs is among the activations.
+        inside = max(map(self._rung, self.ladder.rungs)) if self.recompute else 2 * self.row
         yield self._stage(
             "rungs",
             taps=self._waiting() + kept + self._read() + self._hidden() + self._fetched_taps(),
@@ -595,7 +603,7 @@ class _Step:
         partials = _DOWN_PARTIALS + 2 * FLOAT32 * self.ladder.width * self.model.width
         yield self._stage(
             "gradient of the start",
-            taps=kept + self._read(),
+            taps=kept,
             activations=self.row,
             transients=2 * self.wide_row + 2 * self.row + (partials if self.on_gpu else 0),
             gradients=gradients,
