@@ -128,9 +128,7 @@ def _planner(options: PlanOptions) -> Planner:
     from ladder_kernels.models.shapes import config_of
 
     choices = {
-        name: (getattr(options, name),)
-        for name in _DECIDED
-        if getattr(options, name) is not None
+        name: (getattr(options, name),) for name in _DECIDED if getattr(options, name) is not None
     }
     if options.gradient_checkpointing is not None:
         choices["recompute"] = (options.gradient_checkpointing,)
@@ -231,8 +229,7 @@ def _show(options: PlanOptions, planner: Planner, plan: Plan, budget: int | None
     rivals = _rivals(options, planner, budget)
     columns = [("this plan", plan.peak)] + [(name, stage) for name, stage, _ in rivals]
     rows = [
-        [part, *(_megabytes(stage.parts[part]) for _, stage in columns)]
-        for part in plan.peak.parts
+        [part, *(_megabytes(stage.parts[part]) for _, stage in columns)] for part in plan.peak.parts
     ]
     rows.append(["runtime", *[_megabytes(RUNTIME)] * len(columns)])
     rows.append(["total", *(_megabytes(stage.total + RUNTIME) for _, stage in columns)])

@@ -217,7 +217,9 @@ class Planner:
         Raises:
             ConfigError: If none fit; the message says what the smallest ones need.
         """
-        for settings, quantize_head in sorted(self._candidates(), key=lambda each: self._cost(*each)):
+        for settings, quantize_head in sorted(
+            self._candidates(), key=lambda each: self._cost(*each)
+        ):
             found = self.plan(settings, quantize_head=quantize_head)
             if found.bytes <= budget:
                 return found

@@ -37,7 +37,10 @@ def qlora_stages(
     """
     tokens, element = settings.tokens, settings.element
     tensors = [
-        rank * size for shape in model.linears.values() for size in shape for _ in range(model.layers)
+        rank * size
+        for shape in model.linears.values()
+        for size in shape
+        for _ in range(model.layers)
     ]
     trained = FLOAT32 * sum(tensors)
     kept_gradients = trained if settings.gradient_accumulation > 1 else 0

@@ -99,7 +99,9 @@ def _base(options: TrainOptions) -> tuple[Any, Mapping[str, Any]]:
         config = AutoConfig.from_pretrained(options.model)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"budget: {options.model} has no readable config.json ({reason})") from None
+        raise ConfigError(
+            f"budget: {options.model} has no readable config.json ({reason})"
+        ) from None
     quantization = getattr(config, "quantization_config", None) or {}
     return config, quantization if isinstance(quantization, dict) else quantization.to_dict()
 
