@@ -1,8 +1,9 @@
-"""``ladder-kernels plan``: what a model takes to train, and which settings fit, before a download."""
+"""``ladder-kernels plan``: what training a model takes, and what fits, before any download."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,7 +195,7 @@ def _values(
         "peak": plan.peak.total,
         "total": plan.bytes,
         "bound": plan.peak.name,
-        "stages": {stage.name: stage.total for stage in plan.stages},
+        "stages": _largest(plan.stages),
         "modelled_seconds": plan.seconds,
     }
     if budget is not None:
@@ -212,6 +213,14 @@ def _values(
         for name, stage, longest in _rivals(options, planner, budget)
     ]
     return values
+
+
+def _largest(stages: Sequence[Stage]) -> dict[str, int]:
+    """The most that stages of a name take: they come again with each micro-batch."""
+    found: dict[str, int] = {}
+    for stage in stages:
+        found[stage.name] = max(stage.total, found.get(stage.name, 0))
+    return found
 
 
 def _show(options: PlanOptions, planner: Planner, plan: Plan, budget: int | None) -> None:

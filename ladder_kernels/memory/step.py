@@ -277,7 +277,7 @@ class _Step:
 
     @property
     def _reads_files_in_place(self) -> bool:
-        """Whether states are read where a file is mapped; those of several rows are put together."""
+        """Whether states are read where a file is mapped; those of several rows are copied."""
         settings = self.settings
         return settings.taps == "disk" and not self.on_gpu and settings.batch_size == 1
 

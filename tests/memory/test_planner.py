@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ def test_sizes_as_people_write_them(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "six GB", "6XB", "-6GB", "0", "nan", "inf GB", "6G6"])
 def test_what_is_no_size(text):
-    with pytest.raises(ConfigError, match="budget: found .*; it must be a size such as 6GB"):
+    with pytest.raises(ConfigError, match=r"budget: found .*; it must be a size such as 6GB"):
         parse_bytes(text)
 
 
@@ -57,12 +59,12 @@ def test_from_the_smallest_budget_to_the_largest(model, device):
         assert found.bytes <= budget
         seconds.append(found.seconds)
     # More memory is never slower, but for the little that a choice without rounding may cost.
-    assert all(later <= 1.07 * sooner for sooner, later in zip(seconds, seconds[1:], strict=False))
+    assert all(later <= 1.07 * sooner for sooner, later in itertools.pairwise(seconds))
     last = plans.fastest(budgets[-1] + 10**12)
     assert last.changes == ()
     assert in_words(last) == "the usual settings"
     with pytest.raises(
-        ConfigError, match="budget: found .* tokens a row need .* at least"
+        ConfigError, match=r"budget: found .* tokens a row need .* at least"
     ) as error:
         plans.fastest(smallest.bytes - 1)
     named = str(error.value).partition("need ")[2].partition(" at least")[0]
