@@ -162,7 +162,7 @@ def test_optimizers():
 
 
 def test_states_in_8_bits_are_bitsandbytes():
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     shapes = ((48, 512), (64, 64), (63, 64), (7,))
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
