@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from typing import Any
 import torch
 
 import ladder_kernels as lk
+from bench.random_base import random_backbone
 from ladder_kernels.memory.ledger import CATEGORIES, Moment, Usage
 from ladder_kernels.memory.meter import Meter
 from ladder_kernels.memory.peak import peak_memory_bytes
 from ladder_kernels.memory.tracing import fake_cuda
 from ladder_kernels.models.loading import backbone_from_config
 from ladder_kernels.models.shapes import config_of
+from ladder_kernels.training.freeing import GradientFreeing
 
 __all__ = ["AnonymousMemory", "Measured", "bytes_beyond", "draw", "measure"]
 
@@ -131,11 +133,14 @@ def measure(
     answers: int = 1,
     quantize_head: bool = True,
     recompute: bool = False,
+    accumulation: int = 1,
+    slice_tokens: int | None = None,
+    free_gradients: bool = False,
     target: str = "sm_86",
-    backbone_options: dict[str, Any] | None = None,
-    model_options: dict[str, Any] | None = None,
+    placement: Mapping[str, str | None] | None = None,
+    taps: Mapping[str, Any] | None = None,
 ) -> Measured:
-    """Take training steps with AdamW and count.
+    """Take training steps with a fused AdamW and count.
 
     Args:
         config: A transformers configuration.
@@ -148,28 +153,39 @@ def measure(
         answers: Loss on one token in so many.
         quantize_head: Whether the head is NF4; a head that is the embeddings stays float.
         recompute: Whether activations are recomputed in the backward pass.
+        accumulation: Micro-batches of a step.
+        slice_tokens: Tokens at a time inside a frozen layer.
+        free_gradients: Whether gradients are freed as they are applied.
         target: The GPU whose kernels are traced.
-        backbone_options: More for ``backbone_from_config`` or ``random_backbone``.
-        model_options: More for ``LadderForCausalLM.from_backbone``.
+        placement: ``weights`` and ``embeddings`` as ``backbone_from_config`` takes them; traced
+            only.
+        taps: Options of ``LadderForCausalLM.from_backbone`` about taps.
     """
     quantize_head = quantize_head and not config.tie_word_embeddings
-    options = {"dtype": dtype, "quantize_head": quantize_head, **(backbone_options or {})}
+    options: dict[str, Any] = {"dtype": dtype, "quantize_head": quantize_head}
     with contextlib.ExitStack() as entered:
         if device == "cpu":
-            from bench.random_weights import random_backbone
-
-            backbone = random_backbone(config, **options)
+            backbone = random_backbone(config, device="cpu", **options)
         else:
             place = entered.enter_context(fake_cuda())
-            backbone = backbone_from_config(config, device=place, **options)
-        model = lk.LadderForCausalLM.from_backbone(backbone, ladder, **(model_options or {}))
+            backbone = backbone_from_config(config, device=place, **options, **(placement or {}))  # type: ignore[arg-type]
+        model = lk.LadderForCausalLM.from_backbone(backbone, ladder, **(taps or {}))
         model.train()
-        if recompute:
-            model.gradient_checkpointing_enable()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        ids = torch.arange(batch * context, device=backbone.device).view(batch, context)
-        ids %= config.vocab_size
-        labels = ids.masked_fill(ids % answers != 0, -100)
+        model.gradient_checkpointing = recompute
+        backbone.slice_tokens = slice_tokens
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], fused=True
+        )
+        done = 0
+        if free_gradients:
+            freeing = GradientFreeing(optimizer, lambda: done % accumulation == 0)
+            entered.callback(freeing.close)
+        batches = []
+        for index in range(accumulation):
+            ids = torch.arange(batch * context, device=backbone.device).view(batch, context)
+            ids = (ids + index) % config.vocab_size
+            labels = ids.masked_fill(ids % answers != 0, -100)
+            batches.append({"input_ids": ids, "labels": labels})
         anonymous = AnonymousMemory()
         meter = entered.enter_context(Meter(model, optimizer, target=target))
         if device == "cpu":
@@ -178,12 +194,16 @@ def measure(
         for _ in range(steps):
             meter.restart()
             anonymous.most = 0
-            found: Any = model(input_ids=ids, labels=labels).loss
-            found.backward()
+            if backbone.streams and accumulation > 1:
+                model.prefill(batches)
+            for each in batches:
+                done += 1
+                found: Any = model(**each).loss
+                found.backward()
+                loss = float(found.detach()) if device == "cpu" else None
+                del found
             optimizer.step()
             optimizer.zero_grad()
-            loss = float(found.detach()) if device == "cpu" else None
-            del found
     return Measured(
         peak=meter.peak,
         largest=meter.largest(),
@@ -248,9 +268,18 @@ def main() -> None:
     parser.add_argument("--ladder", choices=["lst", "recommended"], default="lst")
     parser.add_argument("--reduction", type=int, default=16)
     parser.add_argument("--float-head", action="store_true", help="leave the head in float")
+    parser.add_argument("--weights", choices=["resident", "host", "streamed"], default="resident")
+    parser.add_argument("--embeddings", choices=["device", "host"])
+    parser.add_argument("--taps", choices=["device", "host"], default="device")
+    parser.add_argument("--tap-dtype", choices=["bfloat16", "int8"], default="bfloat16")
+    parser.add_argument("--slice-tokens", type=int)
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--free-gradients", action="store_true")
     parser.add_argument("--recompute", action="store_true", help="in the backward pass")
     parser.add_argument("--plot", type=Path, help="beginning of the plots' names")
     given = parser.parse_args()
+    if given.device == "cpu" and (given.weights, given.embeddings) != ("resident", None):
+        parser.error("on the CPU, weights are resident here; see python -m bench.smallest")
     ladder = {"lst": lk.LadderConfig.lst, "recommended": lk.LadderConfig.recommended}[given.ladder]
     measured = measure(
         config_of(given.model),
@@ -263,7 +292,12 @@ def main() -> None:
         answers=given.answers,
         quantize_head=not given.float_head,
         recompute=given.recompute,
+        accumulation=given.accumulation,
+        slice_tokens=given.slice_tokens,
+        free_gradients=given.free_gradients,
         target=given.target,
+        placement={"weights": given.weights, "embeddings": given.embeddings},
+        taps={"taps": given.taps, "tap_dtype": given.tap_dtype},
     )
     kind = "measured" if given.device == "cpu" else f"traced for {given.target}"
     print(f"{given.model}, {given.batch} x {given.context} tokens, step {given.steps}, {kind}\n")

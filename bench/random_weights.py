@@ -1,21 +1,16 @@
-"""Models of any size with random weights: right in every byte of memory, wrong in what they say."""
+"""Random weights of any size, as tensors of a quantised checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from ladder_kernels.models.architecture import Architecture
-from ladder_kernels.models.backbone import Backbone, Quantization
-from ladder_kernels.models.native_backbone import NativeBackbone
-from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight, quantize_nf4
 
-__all__ = ["RandomSource", "random_backbone"]
+__all__ = ["RandomSource"]
 
 
 class RandomSource:
@@ -58,25 +53,3 @@ class RandomSource:
             self._drawn[shape] = quantize_nf4(drawn.div_(math.sqrt(shape[1])))
         weight = self._drawn[shape]
         return replace(weight, **{key: each.clone() for key, each in weight.tensors().items()})
-
-
-def random_backbone(config: Any, *, dtype: torch.dtype, quantize_head: bool = False) -> Backbone:
-    """A backbone of the llama family on the CPU whose weights were never read from anywhere.
-
-    Args:
-        config: Its transformers configuration.
-        dtype: Compute dtype.
-        quantize_head: Whether the output head is NF4 (a head that is not the embeddings).
-    """
-    architecture = Architecture.of(config)
-    tied = bool(config.tie_word_embeddings)
-    settings = Quantization(quantize_head=quantize_head)
-    shapes = architecture.shapes(tied=tied)
-    reader = WeightReader(
-        RandomSource(shapes, quantize_head=quantize_head),
-        shapes=shapes,
-        quantization=settings,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
-    return NativeBackbone(config, architecture, reader, quantization=settings)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ladder_kernels import __version__
-from ladder_kernels.cli import audit, evaluate, generate, info, quantize, train
+from ladder_kernels.cli import audit, evaluate, generate, info, plan, quantize, train
 from ladder_kernels.cli.console import one_line, say, show_warnings_as_lines
 from ladder_kernels.errors import LadderKernelsError
 
@@ -43,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, generate, evaluate, quantize, info, audit):
+for command in (plan, train, generate, evaluate, quantize, info, audit):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 

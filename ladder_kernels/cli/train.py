@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ladder_kernels.cli.console import Verbose, print_json, table
+from ladder_kernels.cli.console import Verbose, print_json, say, table
 from ladder_kernels.cli.hub import check_model, go_offline_without_hub
 from ladder_kernels.cli.loading import device_of
 from ladder_kernels.cli.options import flags_of, given, make, read_config, with_flags
@@ -22,7 +22,7 @@ __all__ = ["command"]
 PANELS = {
     "model": "Model and data",
     "kind": "Ladder",
-    "weights": "Base model",
+    "budget": "Base model",
     "epochs": "Optimisation",
     "logging_steps": "Reports, evaluation and checkpoints",
 }
@@ -59,6 +59,12 @@ def command(
     check_model(options.model, options.gguf_file)
     device_of(options.device)
 
+    if options.budget is not None:
+        from ladder_kernels.memory.planner import gigabytes, in_words
+        from ladder_kernels.training.budget import within_budget
+
+        budget, (options, plan) = options.budget, within_budget(options)
+        say(f"within {budget}: {in_words(plan)}; {gigabytes(plan.bytes)} planned")
     from accelerate import PartialState
 
     from ladder_kernels.training.run import train

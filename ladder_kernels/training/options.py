@@ -137,6 +137,12 @@ class TrainOptions:
     init: str = _help("initial weights: orthogonal, xavier, he or pruned", "xavier")
     eps: float = _help("added to the mean square in the ladder's norms", 1e-6)
 
+    budget: str | None = _help(
+        "memory that the run may take, such as 6GB: where weights, embeddings and taps live, tap "
+        "dtype, slices, batch size, accumulation, checkpointing, optimizer and head are chosen so "
+        "that it fits, as fast as it goes; options that are given stay (see 'plan')",
+        None,
+    )
     weights: str = _help(
         "where backbone weights live: resident (on the device), streamed (in the model's NF4 "
         "files, see 'quantize'; one layer after another is read) or host (in pinned memory beside "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ladder_kernels.errors import ConfigError, MissingFileError, OutputExistsError
+from ladder_kernels.training.budget import within_budget
 from ladder_kernels.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
         DataError: If data are empty, unreadable, or lack a column.
         UnsupportedModelError: If the model's architecture cannot carry a ladder.
     """
+    if options.budget is not None:
+        options, _ = within_budget(options)
     ladder = options.ladder_config()
     checkpoint = _check_output(options)
     _check_context(options.context, _max_context(options.model, options.gguf_file), options.model)

@@ -12,7 +12,7 @@ import typer
 import ladder_kernels as lk
 from ladder_kernels.cli import app
 
-COMMANDS = ("train", "generate", "evaluate", "quantize", "info", "audit")
+COMMANDS = ("plan", "train", "generate", "evaluate", "quantize", "info", "audit")
 
 # A command that does what a test wants, in the frame of the real ones.
 EXTRA = """

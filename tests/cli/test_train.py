@@ -101,3 +101,14 @@ def test_progress_can_be_left_out(spawn, base, data, tmp_path):
     )  # fmt: skip
     assert (run.code, run.stderr) == (0, "")
     assert "saved to" in run.stdout
+
+
+def test_a_budget_says_what_it_chose(call, base, data, tmp_path):
+    common = ("train", "--model", base, "--data", data, *SMALL)
+    run = call(*common, "--output", tmp_path / "out", "--budget", "601 MB")
+    assert run.code == 0, run
+    assert run.stderr.startswith("within 601 MB: ")
+    assert "planned" in run.stderr.splitlines()[0]
+    refused = call(*common, "--output", tmp_path / "none", "--budget", "1MB")
+    refused.assert_refused("budget: found 0.01 GB", "at least")
+    assert not (tmp_path / "none").exists()
