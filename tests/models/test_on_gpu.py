@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config
 
 import ladder_kernels as lk
-from bench.random_base import random_backbone
+from bench.random_weights import random_backbone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
