@@ -194,10 +194,11 @@ def compare(
             found += rows_of(method, measured, about)
             lines.append(line_of(method, measured, context))
             print(" | ".join(lines[-1]), flush=True)
+            if len(taken[method]) == len(contexts):
+                found += growth(method, taken[method], name)
         results.write(found, _FILE)
         del make
         forget()
-    found += [row for method in taken for row in growth(method, taken[method], name)]
     results.report(found, _FILE, _HEADER, lines)
     return failed
 
@@ -344,7 +345,7 @@ def growth(method: str, taken: Mapping[int, Measured], name: str) -> Iterator[re
     for note, field in (("allocated", "allocated"), ("live tensors", "peak")):
         grown = getattr(taken[most], field) - getattr(taken[least], field)
         per_token = round(grown / (most - least))
-        print(f"{method}: {per_token:,} bytes a token more, {note}")
+        print(f"{method}: {per_token:,} bytes a token more, {note}", flush=True)
         if per_token:
             note = f"{note}, per extra token"
             yield from results.bytes_of({method: per_token}, *_PACKAGES, note=note, **about)
