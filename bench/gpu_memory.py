@@ -1,4 +1,4 @@
-"""How little memory a training step takes on this GPU, at the shape of a 7B model, and what it costs.
+"""How little memory a training step takes on this GPU, at a 7B model's shape, and what it costs.
 
     python -m bench.gpu_memory                                  2,048 and 16,384 tokens
     python -m bench.gpu_memory --only "all on the host"         one of the settings
@@ -81,7 +81,7 @@ class Setting:
         trained = [each for each in model.parameters() if each.requires_grad]
         if not self.small_optimizer:
             return torch.optim.AdamW(trained, lr=1e-3)
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         optimizer = AdamW8bit(trained, lr=1e-3)
         GradientFreeing(optimizer, lambda: True)
@@ -91,9 +91,7 @@ class Setting:
 _SMALL = {"taps": "host", "recompute": True, "slice_tokens": _SLICE}
 
 SETTINGS: Mapping[str, Setting] = {
-    "all on the host": Setting(
-        weights="host", embeddings="host", small_optimizer=True, **_SMALL
-    ),
+    "all on the host": Setting(weights="host", embeddings="host", small_optimizer=True, **_SMALL),
     "taps on the host": Setting(**_SMALL),
     "resident": Setting(),
 }

@@ -13,7 +13,9 @@ from bench import gpu_memory, rows
 
 # Weights wait in pinned memory beside a GPU alone.
 SETTINGS = {
-    name: dataclasses.replace(setting, weights="resident", slice_tokens=setting.slice_tokens and 128)
+    name: dataclasses.replace(
+        setting, weights="resident", slice_tokens=setting.slice_tokens and 128
+    )
     for name, setting in gpu_memory.SETTINGS.items()
 }
 
@@ -75,7 +77,9 @@ def test_every_setting_trains_and_is_written_down(shape, tmp_path, monkeypatch, 
 
 def test_a_method_that_does_not_learn_is_not_written_down(shape, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    failed, found = compared(shape, monkeypatch, tmp_path, contexts=[32], only=("resident: every t",))
+    failed, found = compared(
+        shape, monkeypatch, tmp_path, contexts=[32], only=("resident: every t",)
+    )
     assert failed == 1
     assert "not timed" in capsys.readouterr().out
     assert found == []

@@ -6,6 +6,8 @@ model, by bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Qwen2Config
@@ -40,7 +42,7 @@ def base():
     return random_backbone(config, dtype=torch.float32)
 
 
-def made(ladder, dtype, activations="exact"):
+def made(ladder, dtype, activations="exact") -> Any:
     """A model with random weights, made on the CPU: the same in every dtype."""
     backbone = base()
     model = beside(backbone, ladder, activations=activations)
@@ -48,7 +50,7 @@ def made(ladder, dtype, activations="exact"):
     return model
 
 
-def beside(backbone, ladder, **options):
+def beside(backbone, ladder, **options) -> Any:
     """A model in training mode."""
     model = lk.LadderForCausalLM.from_backbone(backbone, LADDERS[ladder], **options)
     # From the start, no gradient would reach what is below the output.
@@ -169,8 +171,8 @@ def folder(tmp_path_factory):
 def placed(folder, ladder, cache, *, late="", recompute=False, taps="device", **options):
     """A model whose layers or whose copies are slow, if those are late."""
     chosen = {name: options.pop(name) for name in WEIGHTS & options.keys()}
-    backbone = load_backbone(folder, device="cuda", dtype=torch.bfloat16, **chosen)
-    store = HostTaps() if taps == "host" else taps
+    backbone: Any = load_backbone(folder, device="cuda", dtype=torch.bfloat16, **chosen)
+    store: Any = HostTaps() if taps == "host" else taps
     model = beside(
         backbone, ladder, taps=store, tap_cache=cache if taps == "disk" else None, **options
     )
@@ -244,9 +246,7 @@ def test_what_saves_memory_gives_the_same_bits(
 
 @pytest.mark.parametrize("late", SLEEP)
 @pytest.mark.parametrize("saving", ["weights on the host", "all on the host", "all in files"])
-def test_frozen_passes_of_several_batches_together(
-    folder, batches, plain, tmp_path, saving, late
-):
+def test_frozen_passes_of_several_batches_together(folder, batches, plain, tmp_path, saving, late):
     model = placed(folder, "every layer", tmp_path, late=late, **SAVING[saving])
     found = trained(model, batches[:3], prefill=True)
     found += trained(model, batches[3:], prefill=True)
@@ -255,9 +255,7 @@ def test_frozen_passes_of_several_batches_together(
 
 @pytest.mark.parametrize("late", SLEEP)
 @pytest.mark.parametrize("taps", ["host", "disk"])
-def test_taps_in_int8_are_the_same_wherever_they_wait(
-    folder, batches, plain, tmp_path, taps, late
-):
+def test_taps_in_int8_are_the_same_wherever_they_wait(folder, batches, plain, tmp_path, taps, late):
     options = {"late": late, "taps": taps, "recompute": True, "tap_dtype": "int8"}
     model = placed(folder, "every layer", tmp_path, **options)
     assert_same_bits(trained(model, batches), plain("every layer", tap_dtype="int8"))
