@@ -14,6 +14,7 @@ and the most bytes that PyTorch's allocator gave out (*allocated*, the base incl
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import math
 import sys
@@ -28,9 +29,10 @@ import torch
 import ladder_kernels as lk
 from bench import rows as results
 from bench.qlora import peft_qlora_on
-from bench.random_base import SHAPES, random_backbone
+from bench.random_weights import random_backbone
 from bench.timing import Quantiles, each
 from ladder_kernels.models.native_backbone import NativeBackbone
+from ladder_kernels.models.shapes import config_of
 
 _HEADER = [
     "method", "trained", "a step", "tokens/s", "allocated", "reserved", "loss, first and last",
@@ -64,7 +66,7 @@ class Measured:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns how many methods failed."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--model", choices=list(SHAPES), default="Qwen2.5-7B")
+    parser.add_argument("--model", default="Qwen2.5-7B", help="a shape by name")
     parser.add_argument("--context", type=int, default=2048, help="tokens a step")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA, on all linear layers")
     parser.add_argument("--steps", type=int, default=10, help="that are timed")
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("There is no GPU here, so nothing was measured: bench.train_step runs on a CPU.")
         return 0
     device = torch.device("cuda", torch.cuda.current_device())
-    backbone = random_backbone(SHAPES[options.model], device=device)
+    backbone = random_backbone(config_of(options.model), device=device)
     return compare(
         backbone,
         name=options.model,
@@ -115,12 +117,7 @@ def compare(
     Returns:
         How many failed.
     """
-    generator = torch.Generator(backbone.device).manual_seed(0)
-    size = (1, context)
-    ids = torch.randint(
-        backbone.config.vocab_size, size, generator=generator, device=backbone.device
-    )
-    batch = {"input_ids": ids, "labels": ids}
+    batch = random_batch(backbone.config.vocab_size, context, backbone.device)
     failed = 0
     found: list[results.Row] = []
     lines: list[list[str]] = []
@@ -138,7 +135,7 @@ def compare(
         except Exception:  # the others may be measured all the same
             failed += 1
             print(f"{method}: failed\n{traceback.format_exc()}", flush=True)
-        _forget()
+        forget()
     results.report(found, _FILE, _HEADER, lines)
     return failed
 
@@ -212,23 +209,16 @@ def measure(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses: list[torch.Tensor] = []
-
-    def step() -> None:
-        loss = _loss(model, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-
+    step = functools.partial(take_step, model, optimizer, batch, losses)
     for _ in range(_FIRST_STEPS):
         step()
-    _check([loss.item() for loss in losses])
+    check([loss.item() for loss in losses])
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     times = each(step, device, calls=steps)
     found = [loss.item() for loss in losses]
-    _check(found)
+    check(found)
     return Measured(
         times=times,
         allocated=torch.cuda.max_memory_allocated(device) if gpu else 0,
@@ -238,12 +228,38 @@ def measure(
     )
 
 
+def random_batch(vocabulary: int, context: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """``context`` random tokens in a row, with a loss on each; the same ones each time."""
+    generator = torch.Generator(device).manual_seed(0)
+    ids = torch.randint(vocabulary, (1, context), generator=generator, device=device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def take_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Mapping[str, torch.Tensor],
+    losses: list[torch.Tensor],
+) -> None:
+    """Take a training step, and add its loss to ``losses``."""
+    loss = _loss(model, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.detach())
+
+
 def _loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         return model(**batch).loss
 
 
-def _check(losses: list[float]) -> None:
+def check(losses: list[float]) -> None:
+    """Refuse a method that does not learn.
+
+    Raises:
+        RuntimeError: The loss is not finite, or does not fall.
+    """
     if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
         raise RuntimeError(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}; not timed")
 
@@ -297,7 +313,8 @@ def _profile(make: Make, batch: Mapping[str, torch.Tensor], path: Path) -> None:
     )
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Give back the memory of what nobody holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from bench.random_base import fill_nf4
+from bench.random_weights import fill_nf4
 from bench.timing import verified
 from ladder_kernels import nf4, ops
 from ladder_kernels.audit.catalogue import Case, cases

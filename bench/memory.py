@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import ladder_kernels as lk
-from bench.random_base import random_backbone
+from bench.random_weights import random_backbone
 from ladder_kernels.memory.ledger import CATEGORIES, Moment, Usage
 from ladder_kernels.memory.meter import Meter
 from ladder_kernels.memory.peak import peak_memory_bytes

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench import rows as results
-from bench.random_base import fill_nf4
+from bench.random_weights import fill_nf4
 from bench.triton_kernels import do_bench
 from ladder_kernels.launch import missing
 from ladder_kernels.nf4 import NF4Weight

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from bench.qlora import peft_qlora
-from bench.random_base import random_backbone
+from bench.random_weights import random_backbone
 from ladder_kernels.memory.meter import Meter
 from ladder_kernels.memory.qlora import qlora_stages
 from ladder_kernels.memory.sizes import ModelSizes

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +129,20 @@ def test_few_gradients_exist_at_a_time(make_model: Callable[..., LadderForCausal
     freeing.close()
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in parameters)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_outlives_its_caller(name: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(64, 128))
+    optimizer = OPTIMIZERS[name]([{"params": [weight]}])
+    GradientFreeing(optimizer, lambda: True)
+    weight.square().sum().backward()
+    assert weight.grad is None
+    state = list(tensors_of(optimizer.state[weight]))
+    left = [weakref.ref(each) for each in (weight, optimizer, *state)]
+    del weight, optimizer, state
+    gc.collect()
+    assert [each() for each in left] == [None] * len(left)
 
 
 @pytest.fixture
