@@ -17,6 +17,7 @@ BENCHES = (
     "bench.train_step",
     "bench.gpu_step",
     "bench.triton_kernels",
+    "bench.planner",
 )
 """Each runs in a process of its own."""
 
