@@ -41,6 +41,8 @@ _OUTPUT_NUMBERS = 1 << 20
 _DOWN_PARTIALS = 256 * 64 * 64 * FLOAT32
 _LOSS_TOKENS, _LOSS_ROWS = 4096, 4096
 _LOSS_TILE = 128
+# A weight whose rows do not begin with a block is unpacked for more rows than this.
+_FEW_ROWS = 16
 _GATED_BACKWARD_GPU, _GATED_BACKWARD_CPU, _SMALLEST_BLOCK = 1 << 24, 1 << 21, 64
 # Ids, labels, positions, places of labels and the like.
 _BYTES_OF_A_TOKEN = 128
@@ -617,20 +619,25 @@ def _product_workspace(
     """Bytes that a GPU's product with an NF4 weight needs besides its operands and result."""
     import torch
 
-    from ladder_kernels.ops.nf4_linear.configurations import look_up
+    from ladder_kernels.ops.nf4_linear.configurations import WORKSPACE_BYTES, look_up, piece
 
-    N, K = shape
-    if K % blocksize:
-        fused, limit = rows <= 16, 64 << 20
-    else:
+    (N, K), most = shape, WORKSPACE_BYTES
+    if K % blocksize == 0:
         dtype = torch.bfloat16 if element == 2 else torch.float32
-        row = look_up(target, product, dtype, rows, N * K)  # type: ignore[arg-type]
-        fused, limit = row.configuration.way != "unpacked", row.configuration.workspace_bytes
-        if fused:
-            splits = row.configuration.splits
+        configuration = look_up(target, product, dtype, rows, N * K).configuration  # type: ignore[arg-type]
+        most = configuration.workspace_bytes
+        if configuration.way != "unpacked":
+            splits = configuration.splits
             width = K if product == "transposed" else N
             return FLOAT32 * splits * rows * width if splits > 1 else 0
+    elif rows <= _FEW_ROWS:
+        return 0
+    numbers = most // element
     if product == "gated":
-        per_row = element * (K + 2 * rows)
-        return min(limit, N * per_row) if limit >= per_row else per_row
-    return min(limit, N * K * element) if not fused else 0
+        # Beside rows of a weight, both products of them.
+        each = K + 2 * rows
+        return element * each * piece(N, max(1, numbers // each))
+    if product == "transposed":
+        columns = max(1, numbers // N // blocksize) * blocksize
+        return element * N * min(K, piece(K, columns))
+    return element * K * piece(N, max(1, numbers // K))

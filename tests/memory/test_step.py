@@ -63,6 +63,10 @@ TRACED: dict[str, tuple[str, int, int, LadderConfig, dict[str, Any]]] = {
         *("Qwen2.5-14B", 3, 512, LST),
         {"recompute": True, "free_gradients": True, "placement": {"weights": "streamed"}},
     ),
+    "another GPU": (
+        *("Qwen2.5-7B", 3, 2048, LST),
+        {"recompute": True, "taps": ON_HOST, "slice_tokens": 1024, "target": "sm_90"},
+    ),
     "accumulated": ("SmolLM2-1.7B", 4, 1024, LST, {"accumulation": 2, "recompute": True}),
     "other parts": (
         *("Qwen3-0.6B", 4, 1024),
@@ -107,6 +111,7 @@ def planned(
         recompute=options.get("recompute", False),
         free_gradients=options.get("free_gradients", False),
         answers=1 / options.get("answers", 1),
+        target=options.get("target", "sm_86"),
     )
     stages = step_stages(model, LadderSizes(ladder, model), settings)
     assert all(set(stage.parts) == set(PARTS) for stage in stages)

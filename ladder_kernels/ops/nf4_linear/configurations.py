@@ -30,12 +30,14 @@ from ladder_kernels.launch import architecture
 from ladder_kernels.nf4 import NF4Weight
 
 __all__ = [
+    "PIECE_TILE",
     "TABLE",
     "WORKSPACE_BYTES",
     "Configuration",
     "Product",
     "choose",
     "look_up",
+    "piece",
     "using",
 ]
 
@@ -53,6 +55,10 @@ _WAYS: Mapping[Product, tuple[Way, ...]] = {
 
 WORKSPACE_BYTES = 64 << 20
 """What a dequantised piece of a weight may take, unless its least piece alone takes more."""
+
+PIECE_TILE = 256
+"""Pieces of unpacked weights have whole tiles of so many rows, so that they also begin where whole
+vectors can be read: cuBLAS is several times slower where they do not."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,20 @@ def using(configuration: Configuration) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def piece(length: int, most: int) -> int:
+    """Return how long pieces of a weight are to be: as even as whole tiles of them allow.
+
+    Args:
+        length: Of the whole.
+        most: Of a piece, at least 1; fewer than a tile's are taken as they are.
+    """
+    if most >= length or most < PIECE_TILE:
+        return min(length, most)
+    pieces = -(-length // (most // PIECE_TILE * PIECE_TILE))
+    even = -(-length // pieces)
+    return -(-even // PIECE_TILE) * PIECE_TILE
 
 
 def choose(product: Product, x: Tensor, weight: NF4Weight) -> Configuration:

@@ -41,7 +41,7 @@ from ladder_kernels.nf4.gpu import (
 )
 from ladder_kernels.ops import _triton
 from ladder_kernels.ops._numeric import blocks
-from ladder_kernels.ops.nf4_linear.configurations import Configuration, choose
+from ladder_kernels.ops.nf4_linear.configurations import PIECE_TILE, Configuration, choose, piece
 
 __all__ = [
     "add_splits",
@@ -54,9 +54,6 @@ __all__ = [
 ]
 
 _SUM_ELEMENTS = 1024
-# Pieces of whole tiles, which also begin where whole vectors can be read: cuBLAS is several times
-# slower where they do not.
-_TILE = 256
 
 
 def unsupported(
@@ -338,19 +335,6 @@ def adjacent(value: Tensor) -> Tensor:
     return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
 
 
-def piece(length: int, most: int) -> int:
-    """Return how long pieces of a weight are to be: as even as whole tiles of them allow.
-
-    Args:
-        length: Of the whole.
-        most: Of a piece, at least 1; fewer than a tile's are taken as they are.
-    """
-    if most >= length or most < _TILE:
-        return min(length, most)
-    pieces = triton.cdiv(length, most // _TILE * _TILE)
-    return triton.cdiv(triton.cdiv(length, pieces), _TILE) * _TILE
-
-
 def parts(configuration: Configuration, weight: NF4Weight) -> int:
     """Return how many tiles share their scales: as many as lie in one block, or one."""
     inside = configuration.block_k * configuration.parts <= weight.blocksize
@@ -531,7 +515,7 @@ def _unpacked_transposed(
     numbers = configuration.workspace_bytes // grad.element_size()
     # Whole blocks, or the slower decoder would run.
     columns = max(1, numbers // max(1, N) // weight.blocksize) * weight.blocksize
-    if weight.blocksize <= _TILE:
+    if weight.blocksize <= PIECE_TILE:
         columns = piece(K, columns)
     workspace = grad.new_empty(N * min(K, columns))
     for start, stop in blocks(K, columns):
