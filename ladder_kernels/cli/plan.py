@@ -268,4 +268,6 @@ def _command_line(plan: Plan) -> str:
             continue
         flag = "--" + name.replace("_", "-")
         words.append(flag if value is True else f"{flag} {value}")
+    if plan.settings.free_gradients:
+        words.append("--max-grad-norm 0")
     return " ".join(words) or "the defaults"

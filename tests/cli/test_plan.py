@@ -22,6 +22,13 @@ def test_a_table(call):
     assert int(total.split()[1].replace(",", "")) <= 6000
 
 
+def test_gradients_are_freed_without_clipping(call):
+    arguments = ("plan", "--model", "Qwen2.5-7B", "--kind", "lst", "--budget", "2GB", "--no-clip")
+    said = call(*arguments).stdout.partition("train with: ")[2]
+    assert "--free-gradients" in said
+    assert "--max-grad-norm 0" in said
+
+
 @pytest.mark.parametrize("budget", [None, "5GB"])
 def test_as_json(call, budget):
     arguments = ("plan", "--model", "Qwen/Qwen3-8B-Base", "--json", "--rows", 4, "--kind", "lst")
