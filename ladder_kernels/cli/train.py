@@ -60,10 +60,12 @@ def command(
     device_of(options.device)
 
     if options.budget is not None:
+        from ladder_kernels.memory.allocation import return_freed_memory
         from ladder_kernels.memory.planner import gigabytes, in_words
         from ladder_kernels.training.budget import within_budget
 
         budget, (options, plan) = options.budget, within_budget(options)
+        return_freed_memory()
         say(f"within {budget}: {in_words(plan)}; {gigabytes(plan.bytes)} planned")
     from accelerate import PartialState
 

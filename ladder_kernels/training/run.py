@@ -77,7 +77,8 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
         DataError: If data are empty, unreadable, or lack a column.
         UnsupportedModelError: If the model's architecture cannot carry a ladder.
     """
-    if options.budget is not None:
+    limited = options.budget is not None
+    if limited:
         options, _ = within_budget(options)
     ladder = options.ladder_config()
     checkpoint = _check_output(options)
@@ -99,7 +100,7 @@ def train(options: TrainOptions, *, callbacks: Sequence[TrainerCallback] = ()) -
         rows = prepare_data(options.data_options(), tokenizer, options.context)
         held_out = options.eval_data_options()
         eval_rows = held_out and prepare_data(held_out, tokenizer, options.context)
-    if options.weights == "streamed":
+    if limited or options.weights == "streamed":
         return_freed_memory()
     model = _load_model(options, ladder, arguments.device)
     if checkpoint is not None:
