@@ -245,7 +245,7 @@ def draw(timeline: Sequence[Moment], title: str, path: Path) -> list[Path]:
             axes.set_xlim(0, len(timeline) - 1)
             axes.set_ylim(0, 1.1 * peak)
             axes.grid(alpha=0.3)
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
             files.append(path.with_name(f"{path.name}-{look}.png"))
             figure.savefig(files[-1], dpi=120)
             plt.close(figure)

@@ -29,10 +29,12 @@ def kernels(tensor: Tensor, dtype: torch.dtype) -> ModuleType | None:
         BackendError: A backend was asked for by name, has kernels for the tensor's device, and
             cannot run them.
     """
+    # Compilers and dispatch modes cannot see into a kernel.
+    if torch.compiler.is_compiling():
+        return None
     if host() == "nobody" and tensor.device.type == "cuda" and dtype in QUANTIZABLE:
         return importlib.import_module("ladder_kernels.nf4.gpu")
-    # Compilers and dispatch modes cannot see into a kernel.
-    if torch.compiler.is_compiling() or others_watch():
+    if others_watch():
         return None
     if cpu.is_chosen(tensor, dtype):
         return cpu
