@@ -268,6 +268,7 @@ def _check_checkpoint(checkpoint: Path, model: LadderForCausalLM) -> None:
 
 
 def _arguments(options: TrainOptions) -> TrainingArguments:
+    import torch
     from transformers import TrainingArguments
 
     try:
@@ -299,7 +300,7 @@ def _arguments(options: TrainOptions) -> TrainingArguments:
             include_num_input_tokens_seen="non_padding",
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=options.device != "cpu",
+            dataloader_pin_memory=options.device != "cpu" and torch.cuda.is_available(),
             # Every parameter of a ladder takes part in every step.
             ddp_find_unused_parameters=False,
         )

@@ -7,7 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Qwen2Config
 
 from bench import gpu_memory, rows
 
@@ -21,17 +20,8 @@ SETTINGS = {
 
 
 @pytest.fixture
-def shape(tmp_path):
-    config = Qwen2Config(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )
-    config.save_pretrained(tmp_path)
+def shape(tmp_path, tiny_config):
+    tiny_config().save_pretrained(tmp_path)
     return str(tmp_path)
 
 

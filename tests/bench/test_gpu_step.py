@@ -6,29 +6,22 @@ import csv
 
 import pytest
 import torch
-from transformers import Qwen2Config
 
 from bench import gpu_step, rows
 from bench.qlora import peft_qlora, peft_qlora_on
 from bench.random_weights import random_backbone
 
 
-def made(seed=0, **more):
-    config = Qwen2Config(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        **more,
-    )
-    return random_backbone(config, device="cpu", seed=seed)
+@pytest.fixture
+def made(tiny_config):
+    def make(seed=0, **more):
+        return random_backbone(tiny_config(**more), device="cpu", seed=seed)
+
+    return make
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_random_base_is_a_model_that_can_be_saved(tmp_path, tied):
+def test_a_random_base_is_a_model_that_can_be_saved(made, tmp_path, tied):
     backbone = made(tie_word_embeddings=tied)
     for _, weight in backbone.named_weights():
         values = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
@@ -49,7 +42,7 @@ def test_a_random_base_is_a_model_that_can_be_saved(tmp_path, tied):
     assert trained[0] == trained[1] > 0
 
 
-def test_every_method_trains_and_is_written_down(tmp_path, monkeypatch, capsys):
+def test_every_method_trains_and_is_written_down(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     backbone = made()
     chosen = [name for name in gpu_step.methods(backbone, 4) if not name.startswith("compiled")]
@@ -66,7 +59,7 @@ def test_every_method_trains_and_is_written_down(tmp_path, monkeypatch, capsys):
     assert {row["model"] for row in found} == {"tiny, random weights"}
 
 
-def test_a_method_that_does_not_learn_is_not_timed(tmp_path, monkeypatch, capsys):
+def test_a_method_that_does_not_learn_is_not_timed(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     failed = gpu_step.compare(

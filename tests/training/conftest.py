@@ -26,6 +26,7 @@ from transformers import (
 
 import ladder_kernels
 from ladder_kernels import LadderConfig, LadderForCausalLM
+from ladder_kernels.models.loading import load_backbone
 from ladder_kernels.training.packing import pack_rows
 
 CONTEXT = 32
@@ -233,3 +234,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     yield launch
     for worker in workers:
         worker.close()
+
+
+@pytest.fixture(scope="module")
+def packed_base(base: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """Folder of a tiny llama in NF4, which can be streamed."""
+    folder = tmp_path_factory.mktemp("packed") / "base"
+    load_backbone(base).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

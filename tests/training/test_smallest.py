@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ladder_kernels.models.loading import load_backbone
 from ladder_kernels.training.run import TrainOptions, train
 
 SMALL: dict[str, Any] = {
@@ -26,15 +25,6 @@ LADDERS: dict[str, dict[str, Any]] = {
     "re-entry": {"every": 1, "reentry": 1, "adapter_rank": 2, "merge": "gate"},
     "two_taps": {"kind": "explicit", "rungs": ((1,), (1, 2, 3), ())},
 }
-
-
-@pytest.fixture(scope="module")
-def packed_base(base: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """Folder of a tiny llama in NF4, which can be streamed."""
-    folder = tmp_path_factory.mktemp("packed") / "base"
-    load_backbone(base).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

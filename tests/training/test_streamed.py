@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,16 +13,7 @@ from safetensors.torch import load_file
 from ladder_kernels.errors import CheckpointError
 from ladder_kernels.memory.streaming import LayerFiles
 from ladder_kernels.memory.tensor_file import TensorFile
-from ladder_kernels.models.loading import load_backbone
 from ladder_kernels.training.run import TrainOptions, newest_checkpoint, train
-
-
-@pytest.fixture(scope="module")
-def packed_base(base: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "base"
-    load_backbone(base).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
