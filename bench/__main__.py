@@ -1,6 +1,6 @@
 """Run every benchmark: ``python -m bench``, or ``make bench``.
 
-The studies, which take longer, are run by themselves: ``python -m bench.quantization`` and
+What takes longer is run by itself: ``python -m bench.quantization``, ``bench.smallest`` and
 ``python -m bench.learning run``.
 """
 
@@ -15,7 +15,9 @@ BENCHES = (
     "bench.linear_cross_entropy",
     "bench.nf4_quantize",
     "bench.train_step",
+    "bench.tap_cache",
     "bench.gpu_step",
+    "bench.gpu_memory",
     "bench.triton_kernels",
     "bench.planner",
 )
