@@ -13,7 +13,14 @@ from ladder_kernels.nf4 import NF4Weight
 if TYPE_CHECKING:
     from ladder_kernels.models.native_backbone import NativeBackbone
 
-__all__ = ["peft_qlora", "peft_qlora_on"]
+__all__ = ["peft_qlora", "peft_qlora_on", "transformers_base"]
+
+
+def transformers_base(folder: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint in NF4 as transformers and bitsandbytes load it, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
 
 
 def peft_qlora(base: Path, *, dtype: torch.dtype, rank: int, checkpointing: bool = False) -> Any:
@@ -25,10 +32,7 @@ def peft_qlora(base: Path, *, dtype: torch.dtype, rank: int, checkpointing: bool
         rank: Of the adapters.
         checkpointing: Whether blocks are recomputed in the backward pass.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="cpu")
-    return _adapted(model, rank, checkpointing)
+    return _adapted(transformers_base(base, dtype), rank, checkpointing)
 
 
 def peft_qlora_on(backbone: NativeBackbone, *, rank: int, checkpointing: bool = False) -> Any:

@@ -5,10 +5,11 @@
 
 QLoRA is PEFT on bitsandbytes' NF4 layers in transformers, with and without gradient checkpointing,
 and once more with ``accelerate_4bit``. All candidates have the same NF4 base, the same tokens and
-AdamW, and they take turns in one process. "our adapters on all layers" is the same QLoRA on this
-library's layers; "recommended ladder" re-enters the model below its upper half. Before anything is
-timed, each must lower its loss on the batch. "packed" has the same tokens as eight documents; "int8
-activations" rounds what enters the frozen layers to 8 bits.
+AdamW, and they take turns in one process. Plain LST and QST are what their papers describe, in
+ordinary PyTorch on the same layers (:mod:`bench.plain_ladders`). "our adapters on all layers" is
+the same QLoRA on this library's layers; "recommended ladder" re-enters the model below its upper
+half. Before anything is timed, each must lower its loss on the batch. "packed" has the same tokens
+as eight documents; "int8 activations" rounds what enters the frozen layers to 8 bits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 
 import ladder_kernels as lk
 from bench import rows as results
-from bench.qlora import peft_qlora
+from bench.plain_ladders import PlainLadder, PlainLST, PlainQST
+from bench.qlora import peft_qlora, transformers_base
 from bench.timing import alternate
 from ladder_kernels.demo import find_weights
 
@@ -120,6 +122,11 @@ def _candidates(
         name = f"QLoRA, checkpointing {checkpointing}, ours {ours}"
         return _checked(name, _step(model, batch, 5e-4)), trained
 
+    def side_network(kind: type[PlainLadder]) -> tuple[Callable[[], object], int]:
+        model = kind(transformers_base(folder, dtype)).train()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return _checked(kind.__name__, _step(model, batch, 2e-3)), trained
+
     return {
         "ladder": ladder(),
         "ladder, packed": ladder(position_ids=positions),
@@ -133,6 +140,8 @@ def _candidates(
         "QLoRA (bitsandbytes)": qlora(checkpointing=False),
         "QLoRA, gradient checkpointing": qlora(checkpointing=True),
         "QLoRA with accelerate_4bit": qlora(checkpointing=False, ours=True),
+        "plain LST (bitsandbytes)": side_network(PlainLST),
+        "plain QST (bitsandbytes)": side_network(PlainQST),
     }
 
 
