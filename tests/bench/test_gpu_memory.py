@@ -75,7 +75,7 @@ def test_a_method_that_does_not_learn_is_not_written_down(shape, tmp_path, monke
     assert found == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says where there is no GPU")
 def test_without_a_gpu(capsys):
     assert gpu_memory.main([]) == 0
     assert capsys.readouterr().out.startswith("There is no GPU here, so nothing was measured")
