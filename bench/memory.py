@@ -35,7 +35,7 @@ from ladder_kernels.models.loading import backbone_from_config
 from ladder_kernels.models.shapes import config_of
 from ladder_kernels.training.freeing import GradientFreeing
 
-__all__ = ["AnonymousMemory", "Measured", "bytes_beyond", "draw", "measure"]
+__all__ = ["AnonymousMemory", "Measured", "bytes_beyond", "draw", "measure", "process_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _SAMPLES = 0.02
@@ -58,14 +58,14 @@ def bytes_beyond(call: Callable[[], list[torch.Tensor]]) -> int:
         call: Returns its outputs, whose bytes are taken off.
     """
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the largest so far
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     outputs = call()
     most = peak_memory_bytes()
     return most - before - sum(output.nbytes for output in outputs)
 
 
-def _status(field: str) -> int:
-    """Bytes of a field of ``/proc/self/status``."""
+def process_bytes(field: str) -> int:
+    """Bytes of a field of ``/proc/self/status``, such as ``"RssAnon"``. Linux only."""
     found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))
     if found is None:
         raise RuntimeError(f"/proc/self/status has no {field}")
@@ -89,7 +89,7 @@ class AnonymousMemory:
 
         def sample() -> None:
             while True:
-                self.most = max(self.most, _status("RssAnon"))
+                self.most = max(self.most, process_bytes("RssAnon"))
                 if done.wait(_SAMPLES):
                     return
 

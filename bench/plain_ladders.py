@@ -65,16 +65,16 @@ class PlainLadder(nn.Module, ABC):
 
     Args:
         base: A transformers ``...ForCausalLM`` of the llama family, such as bitsandbytes quantised.
-        reduction: Width of the model divided by that of the side network.
+        width: Of the side network, even; the papers' is that of the model divided by 8 or 16.
     """
 
-    def __init__(self, base: Any, *, reduction: int = 16) -> None:
+    def __init__(self, base: Any, *, width: int) -> None:
         super().__init__()
         self.base = base.requires_grad_(False).eval()
         config = base.config
         self.layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
-        self.width = self.hidden_size // reduction
+        self.width = width
         self.head_dim = max(n for n in range(2, 65, 2) if self.width % n == 0)
         mlp_width = round(self.width * config.intermediate_size / self.hidden_size)
         self.blocks = nn.ModuleList(
@@ -150,8 +150,8 @@ class PlainLST(PlainLadder):
 class PlainQST(PlainLadder):
     """Quantized Side Tuning; see the module."""
 
-    def __init__(self, base: Any, *, reduction: int = 16) -> None:
-        super().__init__(base, reduction=reduction)
+    def __init__(self, base: Any, *, width: int) -> None:
+        super().__init__(base, width=width)
         self.own = nn.Parameter(torch.full((self.hidden_size,), _OWN_STATE))
 
     def _down(self) -> nn.Module:

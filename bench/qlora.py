@@ -16,14 +16,21 @@ if TYPE_CHECKING:
 __all__ = ["peft_qlora", "peft_qlora_on", "transformers_base"]
 
 
-def transformers_base(folder: Path, dtype: torch.dtype) -> Any:
-    """A checkpoint in NF4 as transformers and bitsandbytes load it, on the CPU."""
+def transformers_base(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A checkpoint in NF4 as transformers and bitsandbytes load it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device))
 
 
-def peft_qlora(base: Path, *, dtype: torch.dtype, rank: int, checkpointing: bool = False) -> Any:
+def peft_qlora(
+    base: Path,
+    *,
+    dtype: torch.dtype,
+    rank: int,
+    checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+) -> Any:
     """The model in training mode, with adapters on all linear layers.
 
     Args:
@@ -31,8 +38,9 @@ def peft_qlora(base: Path, *, dtype: torch.dtype, rank: int, checkpointing: bool
         dtype: To compute in.
         rank: Of the adapters.
         checkpointing: Whether blocks are recomputed in the backward pass.
+        device: Where.
     """
-    return _adapted(transformers_base(base, dtype), rank, checkpointing)
+    return _adapted(transformers_base(base, dtype, device), rank, checkpointing)
 
 
 def peft_qlora_on(backbone: NativeBackbone, *, rank: int, checkpointing: bool = False) -> Any:

@@ -21,6 +21,7 @@ __all__ = [
     "commit",
     "cosines",
     "device_name",
+    "figures_of",
     "perplexities",
     "read",
     "report",
@@ -88,34 +89,45 @@ def seconds(timed: Mapping[str, Quantiles], *packages: str, **about: str) -> lis
             put behind the candidate's name, in brackets, unless it is empty.
     """
     figures = {name: (times.low, times.median, times.high) for name, times in timed.items()}
-    return _measured("seconds", figures, *packages, **about)
+    return figures_of("seconds", figures, *packages, **about)
 
 
 def bytes_of(measured: Mapping[str, int], *packages: str, **about: str) -> list[Row]:
     """Rows of bytes by candidate; arguments as of :func:`seconds`."""
     figures = {name: (number, number, number) for name, number in measured.items()}
-    return _measured("bytes", figures, *packages, **about)
+    return figures_of("bytes", figures, *packages, **about)
 
 
 def perplexities(measured: Mapping[str, float], *packages: str, **about: str) -> list[Row]:
     """Rows of perplexities by candidate; arguments as of :func:`seconds`."""
     figures = {name: (number, number, number) for name, number in measured.items()}
-    return _measured("perplexity", figures, *packages, **about)
+    return figures_of("perplexity", figures, *packages, **about)
 
 
 def cosines(measured: Mapping[str, float], *packages: str, **about: str) -> list[Row]:
     """Rows of cosines of an angle by candidate; arguments as of :func:`seconds`."""
     figures = {name: (number, number, number) for name, number in measured.items()}
-    return _measured("cosine", figures, *packages, **about)
+    return figures_of("cosine", figures, *packages, **about)
 
 
-def _measured(
+def figures_of(
     metric: str,
     figures: Mapping[str, tuple[float, float, float]],
     *packages: str,
     note: str = "",
+    suffix: str = "",
     **about: str,
 ) -> list[Row]:
+    """Measured rows of any metric.
+
+    Args:
+        metric: What the figures are, with its unit.
+        figures: 20 %, 50 % and 80 % quantiles by candidate.
+        packages: Whose versions matter, beside torch's.
+        note: Put behind the candidate's name, in brackets, unless it is empty.
+        suffix: Put behind the device's name.
+        about: ``bench``, ``model``, ``shape`` and ``dtype`` of :class:`Row`.
+    """
     return [
         Row(
             candidate=f"{candidate} [{note}]" if note else candidate,
@@ -124,7 +136,7 @@ def _measured(
             median=median,
             high=high,
             threads=torch.get_num_threads(),
-            device=device_name(),
+            device=device_name() + suffix,
             evidence="measured",
             versions=versions("torch", *packages),
             commit=commit(),

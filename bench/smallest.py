@@ -70,13 +70,17 @@ class Step:
     threads: int = 2
 
 
-def random_base(name: str, folder: Path, *, layers: int | None = None) -> Path:
+def random_base(
+    name: str, folder: Path, *, layers: int | None = None, quantize_head: bool = True
+) -> Path:
     """Write a base of a known shape with random NF4 weights, unless it is there.
 
     Args:
         name: Of the shape.
         folder: Where bases are kept.
         layers: Keep so many layers of it; default all.
+        quantize_head: Whether a head that is not the embeddings is NF4, too; transformers does not
+            load such a file.
 
     Returns:
         The base's folder.
@@ -92,9 +96,10 @@ def random_base(name: str, folder: Path, *, layers: int | None = None) -> Path:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
-    base = folder / f"{name}-{config.num_hidden_layers}"
+    quantize_head = quantize_head and not config.tie_word_embeddings
+    float_head = "" if quantize_head or config.tie_word_embeddings else "-float-head"
+    base = folder / f"{name}-{config.num_hidden_layers}{float_head}"
     if not base.exists():
-        quantize_head = not config.tie_word_embeddings
         shapes = Architecture.of(config).shapes(tied=bool(config.tie_word_embeddings))
         quantize_model(
             RandomSource(shapes, quantize_head=quantize_head),

@@ -1,175 +1,355 @@
-"""Whole training steps of SmolLM2-135M: a ladder, on native and reference operations, and QLoRA.
+"""Whole training steps, this library's and its rivals', side by side: time and memory.
 
-    python -m bench.train_step                      fp32, 2,048 tokens, loss on every token
-    python -m bench.train_step --dtype bfloat16 --answers 10     loss on one token in ten
+    python -m bench.train_step                            SmolLM2-135M, fp32, 2,048 tokens
+    python -m bench.train_step --dtype float32 bfloat16 --answers 1 10
+    python -m bench.train_step --model Qwen2.5-1.5B --dtype bfloat16 --only ladder QLoRA
+    python -m bench.train_step --context 512 1024 2048 4096 8192 --only ladder QLoRA "plain LST"
 
-QLoRA is PEFT on bitsandbytes' NF4 layers in transformers, with and without gradient checkpointing,
-and once more with ``accelerate_4bit``. All candidates have the same NF4 base, the same tokens and
-AdamW, and they take turns in one process. Plain LST and QST are what their papers describe, in
-ordinary PyTorch on the same layers (:mod:`bench.plain_ladders`). "our adapters on all layers" is
-the same QLoRA on this library's layers; "recommended ladder" re-enters the model below its upper
-half. Before anything is timed, each must lower its loss on the batch. "packed" has the same tokens
-as eight documents; "int8 activations" rounds what enters the frozen layers to 8 bits.
+Methods are those of :mod:`bench.methods`: same base, same tokens, as many trained parameters within
+10 %. Each runs in a process of its own, a fresh one in every turn, and they take turns, so that a
+machine's drift hits all alike. Each must lower its loss before its time counts. Measured are the
+seconds of a step and of its forward pass, backward pass and optimizer; in the first turn, in steps
+that are not timed, the bytes of live tensors (``ladder_kernels.memory.meter``), in all and beyond
+the frozen weights, and what the process took (anonymous resident memory, sampled) beyond what it
+had before it loaded the model; on a GPU, what PyTorch's allocator gave out and held instead.
+
+The base of SmolLM2-135M has real weights; other names are shapes with random ones, which change
+neither time nor memory. A method that needs more memory than is free is stopped and has a row that
+says so. With ``--isa avx2`` all kernels are held to AVX2, as on a processor without AVX-512.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 
-import ladder_kernels as lk
 from bench import rows as results
-from bench.plain_ladders import PlainLadder, PlainLST, PlainQST
-from bench.qlora import peft_qlora, transformers_base
-from bench.timing import alternate
-from ladder_kernels.demo import find_weights
+from bench.hold import held, held_suffix
+from bench.methods import METHODS
+from bench.smallest import random_base
+from bench.train_worker import MOMENTS, Found, Task
 
-_DOCUMENTS = 8
+__all__ = ["Measured", "compare", "main"]
+
+_FILE = "train_step.csv"
+_TIMELINE = "timeline.csv"
+_REAL = "SmolLM2-135M-Instruct"
+_PACKAGES = ("transformers", "peft", "bitsandbytes")
+_PHASES = ("forward", "backward", "optimizer")
+# Left to the system, and to what a process maps and does not touch.
+_SPARE = 1 << 30
+_TOO_LONG = 3600.0
 
 
-def main() -> None:
-    """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--context", type=int, default=2048, help="tokens a step")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--answers", type=int, default=1, help="loss on one token in so many")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA, on all linear layers")
-    parser.add_argument("--seconds", type=float, default=150.0, help="for all turns")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
+@dataclass(kw_only=True)
+class Measured:
+    """What all turns of a method found.
 
+    Attributes:
+        trained: Number of trained parameters.
+        steps: Seconds of timed steps, by ``answers``: forward, backward and optimizer of each.
+        losses: First and last loss, by ``answers``.
+        memory: Bytes by what they are.
+        timeline: See :class:`~bench.train_worker.Found`.
+        refused: Why it does not run here; empty if it does.
+        failed: Whether its process failed.
+        limit: Bytes that did not suffice; ``None`` if they did.
+    """
+
+    trained: int = 0
+    steps: dict[int, list[list[float]]] = field(default_factory=dict)
+    losses: dict[int, tuple[float, float]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    timeline: dict[str, list[int]] = field(default_factory=dict)
+    refused: str = ""
+    failed: bool = False
+    limit: int | None = None
+
+    def add(self, task: Task, found: Found | None) -> None:
+        """Add what one turn found; ``None`` if its process failed."""
+        if found is None:
+            self.failed = True
+            return
+        if not found.fits:
+            self.limit = task.limit
+        self.refused = found.refused
+        if found.refused or not found.fits:
+            return
+        self.trained = found.trained
+        self.memory = found.memory or self.memory
+        self.timeline = found.timeline or self.timeline
+        for answers, steps, losses in zip(task.answers, found.steps, found.losses, strict=True):
+            self.steps.setdefault(answers, []).extend(steps)
+            self.losses[answers] = (losses[0], losses[-1])
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can be run again."""
+        return self.limit is None and not self.refused and not self.failed
+
+    def seconds(self, answers: int) -> float:
+        """Median of a step."""
+        return statistics.median(map(sum, self.steps[answers]))
+
+
+def compare(
+    tasks: Mapping[str, Task], *, turns: int, environment: Mapping[str, str] | None = None
+) -> dict[str, Measured]:
+    """Run tasks in turns, each in a process of its own.
+
+    Args:
+        tasks: By the method's name. Memory is measured in the first turn only.
+        turns: How many.
+        environment: Variables that the processes have besides this one's.
+
+    Returns:
+        What was found, by name. Of a process that failed the error is on standard error.
+    """
+    measured = {name: Measured() for name in tasks}
+    for turn in range(turns):
+        for name, task in tasks.items():
+            if not measured[name].runs:
+                continue
+            task = replace(task, memory=task.memory and turn == 0)
+            found = _in_own_process(task, environment or {})
+            measured[name].add(task, found)
+            print(f"  turn {turn + 1}: {_in_words(name, measured[name])}", flush=True)
+    return measured
+
+
+def _in_own_process(task: Task, environment: Mapping[str, str]) -> Found | None:
     with tempfile.TemporaryDirectory() as folder:
-        candidates = _candidates(Path(folder) / "base", dtype, options)
-        timed = alternate(
-            {name: step for name, (step, _) in candidates.items()},
-            seconds=options.seconds,
-            at_least=3,
+        file = Path(folder) / "found.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.train_worker", str(file)],
+            input=json.dumps(asdict(task)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=_TOO_LONG,
+            env={**os.environ, **environment},
         )
+        if file.exists():
+            return Found(**json.loads(file.read_text(encoding="utf-8")))
+    if done.returncode < 0 and task.limit is not None:  # killed by the system, out of memory
+        return Found(fits=False)
+    print(done.stderr, file=sys.stderr)
+    return None
+
+
+def _in_words(name: str, measured: Measured) -> str:
+    if measured.limit is not None:
+        return f"{name}: does not fit into {measured.limit / 1e9:.1f} GB"
+    if measured.failed:
+        return f"{name}: failed"
+    if measured.refused:
+        return f"{name}: not run: {measured.refused}"
+    times = ", ".join(f"{measured.seconds(answers):.2f} s" for answers in measured.steps)
+    return f"{name}: {times}"
+
+
+# Rows -----------------------------------------------------------------------------------------
+
+
+def rows_of(
+    name: str, task: Task, measured: Measured, *, model: str, suffix: str = ""
+) -> Iterator[results.Row]:
+    """Rows of what was measured.
+
+    Args:
+        name: Of the method.
+        task: What was run.
+        measured: What was found.
+        model: The model's name.
+        suffix: Of the device's name.
+    """
+    for answers in task.answers:
+        figures = dict(_figures(measured, answers))
+        for metric, quantiles in figures.items():
+            yield from results.figures_of(
+                metric,
+                {name: quantiles},
+                *_PACKAGES,
+                bench="train_step",
+                model=model,
+                shape=f"B={task.batch} S={task.context} loss on 1 in {answers}",
+                dtype=task.dtype,
+                suffix=suffix,
+            )
+
+
+def _figures(measured: Measured, answers: int) -> Iterator[tuple[str, tuple[float, float, float]]]:
+    if measured.failed:
+        return
+    if measured.limit is not None:
+        yield "bytes: limit that did not suffice", (measured.limit,) * 3
+        return
+    if measured.refused:
+        yield "not run", (0.0,) * 3
+        return
+    steps = measured.steps[answers]
+    yield "seconds", _quantiles([sum(step) for step in steps])
+    for phase, times in zip(_PHASES, zip(*steps, strict=True), strict=True):
+        yield f"seconds: {phase}", _quantiles(times)
+    yield "parameters: trained", (measured.trained,) * 3
+    for when, loss in zip(("first", "last"), measured.losses[answers], strict=True):
+        yield f"loss: {when}", (loss,) * 3
+    if answers == min(measured.steps):
+        for what, number in measured.memory.items():
+            yield f"bytes: {what}", (number,) * 3
+
+
+def _quantiles(seconds: Iterable[float]) -> tuple[float, float, float]:
+    low, median, high = np.quantile(list(seconds), (0.2, 0.5, 0.8))
+    return float(low), float(median), float(high)
+
+
+def timeline_rows(
+    name: str, task: Task, measured: Measured, *, model: str, suffix: str = ""
+) -> Iterator[results.Row]:
+    """Rows of the bytes that lived, by category, over one step."""
+    for category, numbers in measured.timeline.items():
+        if not any(numbers):
+            continue
+        figures = {
+            f"bytes: live {category} at {moment}/{MOMENTS} of the step": number
+            for moment, number in enumerate(numbers)
+        }
+        for metric, number in figures.items():
+            yield from results.figures_of(
+                metric,
+                {name: (number, number, number)},
+                *_PACKAGES,
+                bench="train_step_timeline",
+                model=model,
+                shape=f"B={task.batch} S={task.context} loss on 1 in {task.answers[0]}",
+                dtype=task.dtype,
+                suffix=suffix,
+            )
+
+
+def table_of(task: Task, measured: Mapping[str, Measured]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table of all methods."""
+    header = ["method", "trained"]
+    header += [f"tokens/s, loss on 1 in {answers}" for answers in task.answers]
+    header += ["forward, backward, optimizer", "live beyond the weights", "resident"]
     lines = []
-    fastest = timed["ladder"].median
-    for name, quantiles in timed.items():
-        trained = candidates[name][1]
-        rate = options.context / quantiles.median
+    for name, each in measured.items():
+        if not each.runs:
+            lines.append([_in_words(name, each), *[""] * (len(header) - 1)])
+            continue
+        tokens = task.batch * task.context
+        rates = [f"{tokens / each.seconds(answers):,.0f}" for answers in task.answers]
+        phases = zip(*each.steps[task.answers[0]], strict=True)
+        memory = {"resident": each.memory.get("allocated", 0), **each.memory}
         lines.append(
             [
                 name,
-                f"{trained / 1e6:.2f} M",
-                f"{quantiles.median:.2f} s",
-                f"{rate:,.0f}",
-                f"{quantiles.median / fastest:.2f}x",
+                f"{each.trained / 1e6:.2f} M",
+                *rates,
+                ", ".join(f"{statistics.median(phase):.2f} s" for phase in phases),
+                *(
+                    f"{memory.get(what, 0) / 1e6:,.0f} MB"
+                    for what in ("live beyond the weights", "resident")
+                ),
             ]
         )
-    header = ["method", "trained", "a step", "tokens/s", "time, ladder = 1"]
-    found = results.seconds(
-        timed,
-        *("transformers", "peft", "bitsandbytes"),
-        bench="train_step",
-        model="SmolLM2-135M-Instruct",
-        shape=f"B=1 S={options.context} loss on 1 in {options.answers}",
-        dtype=options.dtype,
+    return header, lines
+
+
+# The command line -----------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark from the command line; returns how many methods failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    results.report(found, "train_step.csv", header, lines)
+    parser.add_argument("--model", default=_REAL, help="SmolLM2-135M-Instruct, or a shape by name")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--context", type=int, nargs="+", default=[2048], help="tokens a row")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows a step")
+    parser.add_argument(
+        "--answers", type=int, nargs="+", default=[1], help="loss on one token in so many"
+    )
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA; sets what all methods train")
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=5.0, help="timed in each turn")
+    parser.add_argument("--timeline", nargs="*", default=[], help="methods whose step is drawn")
+    parser.add_argument("--isa", choices=["avx2"], help="hold all kernels to it")
+    given = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        base, model = _base(given.model, Path(folder))
+        for dtype, context, batch in itertools.product(given.dtype, given.context, given.batch):
+            task = Task(
+                method="",
+                base=str(base),
+                dtype=dtype,
+                device=device,
+                rank=given.rank,
+                batch=batch,
+                context=context,
+                answers=given.answers,
+                seconds=given.seconds,
+                memory=True,
+                limit=_free_memory() if device == "cpu" else None,
+                threads=torch.get_num_threads(),
+            )
+            print(f"\n{model}, {dtype}, {batch} x {context:,} tokens", flush=True)
+            failed += _report(given, task, model)
+    return failed
 
 
-def _candidates(
-    folder: Path, dtype: torch.dtype, options: Any
-) -> dict[str, tuple[Callable[[], object], int]]:
-    """A training step and the number of trained parameters, by name."""
+def _report(given: Any, task: Task, model: str) -> int:
+    """Measure, print, write rows; returns how many methods failed."""
+    tasks = {name: replace(task, method=name) for name in given.only}
+    measured = compare(tasks, turns=given.turns, environment=held(given.isa))
+    suffix = held_suffix(given.isa)
+    found, timeline = [], []
+    for name, each in measured.items():
+        found += rows_of(name, task, each, model=model, suffix=suffix)
+        if name in given.timeline:
+            timeline += timeline_rows(name, task, each, model=model, suffix=suffix)
+    if timeline:
+        results.write(timeline, _TIMELINE)
+    results.report(found, _FILE, *table_of(task, measured))
+    return sum(each.failed for each in measured.values())
+
+
+def _base(name: str, folder: Path) -> tuple[Path, str]:
+    """A base in NF4, and what rows call it."""
+    if name != _REAL:
+        base = random_base(name, Path("build/bases").absolute(), quantize_head=False)
+        return base, f"{name}, random weights"
+    from ladder_kernels.demo import find_weights
     from ladder_kernels.models.loading import load_backbone
 
-    backbone = load_backbone(find_weights(), dtype=dtype)
-    backbone.save_pretrained(folder)
-    context = options.context
-    ids = torch.randint(1000, 40000, (1, context))
-    labels = ids.clone()
-    labels[:, torch.arange(context) % options.answers != 0] = -100
-    batch = {"input_ids": ids, "labels": labels}
-    positions = torch.arange(context)[None] % (context // _DOCUMENTS)
-
-    plain = lk.LadderConfig.lst(every=3, width=72)
-    recommended = lk.LadderConfig.recommended()
-    everywhere = lk.LadderConfig.adapters(backbone.num_layers, options.rank)
-
-    def ladder(
-        config: lk.LadderConfig = plain,
-        *,
-        backend: str = "auto",
-        activations: str = "exact",
-        recompute: bool = False,
-        **more: torch.Tensor,
-    ) -> tuple[Callable[[], object], int]:
-        model = lk.LadderForCausalLM.from_backbone(backbone, config, activations=activations)
-        model.gradient_checkpointing = recompute
-        step = _step(model.train(), {**batch, **more}, 2e-3)
-
-        def on_backend() -> object:
-            with lk.use_backend(backend):
-                return step()
-
-        return _checked(f"ladder, {backend}", on_backend), model.num_parameters(True)
-
-    def qlora(*, checkpointing: bool, ours: bool = False) -> tuple[Callable[[], object], int]:
-        model = peft_qlora(folder, dtype=dtype, rank=options.rank, checkpointing=checkpointing)
-        if ours:
-            lk.accelerate_4bit(model)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        name = f"QLoRA, checkpointing {checkpointing}, ours {ours}"
-        return _checked(name, _step(model, batch, 5e-4)), trained
-
-    def side_network(kind: type[PlainLadder]) -> tuple[Callable[[], object], int]:
-        model = kind(transformers_base(folder, dtype)).train()
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return _checked(kind.__name__, _step(model, batch, 2e-3)), trained
-
-    return {
-        "ladder": ladder(),
-        "ladder, packed": ladder(position_ids=positions),
-        "ladder, int8 activations": ladder(activations="int8"),
-        "ladder on reference operations": ladder(backend="reference"),
-        "recommended ladder": ladder(recommended),
-        "recommended ladder, recomputed": ladder(recommended, recompute=True),
-        "recommended ladder, packed": ladder(recommended, position_ids=positions),
-        "our adapters on all layers": ladder(everywhere),
-        "our adapters on all layers, packed": ladder(everywhere, position_ids=positions),
-        "QLoRA (bitsandbytes)": qlora(checkpointing=False),
-        "QLoRA, gradient checkpointing": qlora(checkpointing=True),
-        "QLoRA with accelerate_4bit": qlora(checkpointing=False, ours=True),
-        "plain LST (bitsandbytes)": side_network(PlainLST),
-        "plain QST (bitsandbytes)": side_network(PlainQST),
-    }
+    base = folder / "base"
+    load_backbone(find_weights()).save_pretrained(base)
+    return base, name
 
 
-def _step(model: Any, batch: dict[str, torch.Tensor], rate: float) -> Callable[[], float]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate)
-
-    def step() -> float:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
-
-
-def _checked(name: str, step: Callable[[], Any]) -> Callable[[], object]:
-    """Return ``step`` if a few of it lower the loss.
-
-    Raises:
-        RuntimeError: They do not.
-    """
-    losses = [step() for _ in range(4)]
-    if not losses[-1] < losses[0]:
-        raise RuntimeError(f"{name}: its loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
-    return step
+def _free_memory() -> int:
+    return psutil.virtual_memory().available - _SPARE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(min(main(), 1))

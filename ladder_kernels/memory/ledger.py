@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -60,10 +61,12 @@ class Moment(NamedTuple):
         operation: What ran, such as ``"aten.mm.default"``; memory that was freed since the
             operation before is freed under this name.
         usage: The bytes.
+        seconds: When, on :func:`time.perf_counter`'s clock.
     """
 
     operation: str
     usage: Usage
+    seconds: float = 0.0
 
 
 @dataclass
@@ -167,7 +170,7 @@ class Ledger:
 
     def _note(self) -> None:
         usage = Usage(**self._bytes)
-        moment = Moment(self.operation, usage)
+        moment = Moment(self.operation, usage, time.perf_counter())
         self.timeline.append(moment)
         if usage.total > self.peak.usage.total:
             self.peak = moment

@@ -20,7 +20,7 @@ def base(tmp_path, tiny_config):
 @pytest.mark.parametrize("kind", [PlainLST, PlainQST])
 def test_they_learn(base, kind):
     ids = torch.randint(0, 320, (1, 12), generator=torch.Generator().manual_seed(0))
-    model = kind(base, reduction=4).train()
+    model = kind(base, width=16).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = {id(p) for p in base.parameters()}
     assert not any(id(p) in frozen for p in trained)
@@ -43,7 +43,7 @@ def test_no_token_sees_a_later_one(base, kind):
     ids = torch.randint(0, 320, (1, 12), generator=torch.Generator().manual_seed(1))
     other = ids.clone()
     other[0, 8:] = (ids[0, 8:] + 1) % 320
-    model = kind(base, reduction=4).eval()
+    model = kind(base, width=16).eval()
     first, second = (model(input_ids=each, labels=each).logits for each in (ids, other))
     torch.testing.assert_close(first[:, :8], second[:, :8])
     assert not torch.allclose(first[:, 8:], second[:, 8:])

@@ -1,0 +1,28 @@
+"""Holding processes to an older instruction set, to measure what older processors would do.
+
+PyTorch, oneDNN, MKL and this library take it from the environment when they start, so it is for
+processes to come. The machine code of bitsandbytes' own library and of NumPy is not held down.
+"""
+
+from __future__ import annotations
+
+__all__ = ["held", "held_suffix"]
+
+_VARIABLES = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "LADDER_KERNELS_CPU_ISA": "avx2",
+    }
+}
+
+
+def held(isa: str | None) -> dict[str, str]:
+    """Environment variables that hold a process to ``isa``; none for ``None``."""
+    return {} if isa is None else dict(_VARIABLES[isa])
+
+
+def held_suffix(isa: str | None) -> str:
+    """What the device's name in a row ends with."""
+    return "" if isa is None else f", held to {isa.upper()}"
