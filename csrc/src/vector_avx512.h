@@ -213,6 +213,11 @@ struct V {
     return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(odd)));
   }
 
+  // 32 numbers, rounded to bfloat16, two neighbours a lane.
+  static F rounded_pairs(F first, F second) {
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
+
   // Sixteen values of bfloat16 for the first 32 of 64 bytes and sixteen for the others.
   using PairTable = __m512i;
   static PairTable pair_table(float first, float second) {

@@ -63,11 +63,12 @@ void check(Tally& tally, Random& random, const Case& c) {
         sum.add(scores[static_cast<size_t>(t - begin)] / total * v.at(b, h / c.group, t, d));
       }
       const double got = out[((b * c.S + s) * heads + h) * c.width + d];
-      tally.expect(close(got, sum.value, sum.size * (1 + size), c.dtype),
-                   "ranged_attention batch=%d heads=%d/%d S=%d T=%d head_dim=%d dtype=%d: "
-                   "[%d, %d, %d, %d] is %g, not %g",
-                   int(c.batch), int(heads), int(c.key_heads), int(c.S), int(c.T), int(c.width),
-                   int(c.dtype), int(b), int(s), int(h), int(d), got, sum.value);
+      tally.expect(
+          close(got, sum.value, sum.size * (1 + size), c.dtype, pairs_error(sum.size, c.dtype)),
+          "ranged_attention batch=%d heads=%d/%d S=%d T=%d head_dim=%d dtype=%d: "
+          "[%d, %d, %d, %d] is %g, not %g",
+          int(c.batch), int(heads), int(c.key_heads), int(c.S), int(c.T), int(c.width),
+          int(c.dtype), int(b), int(s), int(h), int(d), got, sum.value);
     }
   }
 }

@@ -155,9 +155,17 @@ class Array {
   std::vector<unsigned char> bytes_;
 };
 
-// Whether a result is as exact as its dtype and float32 sums over terms of this size allow.
-inline bool close(double got, double exact, double size, lk_dtype dtype) {
-  double allowed = kClose * size + 1.2e-38;  // float32's smallest normal number
+// What rounding terms of a sum to bfloat16 may change in it, `size` being the sum of their
+// magnitudes, where the variant in use multiplies pairs of bfloat16; else nothing.
+inline double pairs_error(double size, lk_dtype dtype) {
+  const bool pairs = dtype == LK_BFLOAT16 && std::strcmp(lk_isa(), "avx512_bf16") == 0;
+  return pairs ? std::ldexp(size, -precision(LK_BFLOAT16)) : 0;
+}
+
+// Whether a result is as exact as its dtype and float32 sums over terms of this size allow, give or
+// take what was lost on purpose.
+inline bool close(double got, double exact, double size, lk_dtype dtype, double lost = 0) {
+  double allowed = kClose * size + 1.02 * lost + 1.2e-38;  // float32's smallest normal number
   if (dtype != LK_FLOAT32) {
     allowed += std::ldexp(std::fabs(exact), -precision(dtype)) * 1.02;
     allowed += dtype == LK_FLOAT16 ? std::ldexp(1.0, -25) : 0;  // subnormal

@@ -1,7 +1,9 @@
 """Cross entropy of a linear head on the native CPU kernel (``csrc/src/linear_cross_entropy.inc``).
 
-Loss and gradient to ``hidden`` come from one sweep over the vocabulary, with float32 sums. The
-gradient of a dense head has no native kernel yet and is the reference's. float64 has none either.
+Loss and gradient to ``hidden`` come from one sweep over the vocabulary, with float32 sums. For the
+gradient the softmax is rounded to bfloat16 where hidden states and head are of it and the processor
+multiplies pairs of it (AVX512-BF16), as PyTorch rounds it too. The gradient of a dense head has no
+native kernel yet and is the reference's. float64 has none either.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Attention over ranges of keys on the native CPU kernel (``csrc/src/attention.inc``).
 
 Scores exist for a block of queries and keys at a time; blocks that no query sees are not computed.
-Sums are float32. float64 has no native kernel.
+Sums are float32; the softmax is rounded to bfloat16 where q is and the processor multiplies pairs
+of it (AVX512-BF16), as PyTorch rounds it too. float64 has no native kernel.
 """
 
 from __future__ import annotations
