@@ -291,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5.0, help="timed in each turn")
+    parser.add_argument("--no-memory", action="store_true", help="measure seconds alone")
     parser.add_argument("--timeline", nargs="*", default=[], help="methods whose step is drawn")
     parser.add_argument("--isa", choices=["avx2"], help="hold all kernels to it")
     given = parser.parse_args(arguments)
@@ -309,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 context=context,
                 answers=given.answers,
                 seconds=given.seconds,
-                memory=True,
+                memory=not given.no_memory,
                 limit=_free_memory() if device == "cpu" else None,
                 threads=torch.get_num_threads(),
             )

@@ -31,6 +31,8 @@ __all__ = ["MOMENTS", "Found", "Task", "check", "random_batch", "run", "take_ste
 MOMENTS = 60
 """Into so many parts the timeline of a step is cut."""
 
+_FEW_TOKENS = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -236,14 +238,17 @@ def _memory(
     device: torch.device,
     before: int,
 ) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """Bytes of two steps: what the process or the GPU's allocator takes, then what lives."""
+    """Bytes of two steps: what the process or the GPU's allocator takes, then what lives.
+
+    A short one before them makes the optimizer's states.
+    """
     gpu = device.type == "cuda"
+    take_step(trainee, {name: each[:, :_FEW_TOKENS] for name, each in batch.items()}, [])
     sampled = AnonymousMemory()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.nullcontext() if gpu else sampled.sampled():
-        for _ in range(2):  # the first one makes the optimizer's states
-            if gpu:
-                torch.cuda.reset_peak_memory_stats(device)
-            take_step(trainee, batch, losses)
+        take_step(trainee, batch, losses)
     found = (
         {
             "allocated": torch.cuda.max_memory_allocated(device),
