@@ -78,7 +78,7 @@ def accelerate_4bit(
         )
     for name, layer in layers.items():
         _check(name, layer)
-    known = [m for m in model.modules() if fused_loss.is_known(m)]
+    known: list[Any] = [m for m in model.modules() if fused_loss.is_known(m)]
     with_loss = _chosen("loss", loss, model, known, fused_loss.refusal)
     with_attention = _chosen("attention", attention, model, known, native_attention.refusal)
 
@@ -108,7 +108,8 @@ def restore_4bit(model: ModelT) -> ModelT:
     Returns:
         The same object, for chaining.
     """
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         restore(module)
         if fused_loss.is_known(module):
             native_attention.restore(module)

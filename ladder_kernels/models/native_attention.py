@@ -45,12 +45,10 @@ def switch(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
-def restore(model: PreTrainedModel) -> bool:
-    """Undo :func:`switch`; returns whether there was anything to undo."""
-    if model.config._attn_implementation != NAME:
-        return False
-    model.set_attn_implementation(_SDPA)
-    return True
+def restore(model: PreTrainedModel) -> None:
+    """Undo :func:`switch`, if it was done."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation(_SDPA)
 
 
 def register() -> None:

@@ -43,12 +43,10 @@ def reclass(module: nn.Module, mixin: type[Reclassed]) -> None:
         _become(module, _reclassed(mixin, type(module)))
 
 
-def restore(module: nn.Module) -> bool:
-    """Give ``module`` its own class back, if :func:`reclass` changed it; returns whether it did."""
-    if not isinstance(module, Reclassed):
-        return False
-    _become(module, type(module).own)
-    return True
+def restore(module: nn.Module) -> None:
+    """Give ``module`` its own class back, if :func:`reclass` changed it."""
+    if isinstance(module, Reclassed):
+        _become(module, type(module).own)
 
 
 def _become(module: Any, new: type) -> None:
