@@ -196,17 +196,19 @@ def _streamed(work: Work) -> Trainee:
 # Rivals ---------------------------------------------------------------------------------------
 
 
-def _qlora(work: Work, *, checkpointing: bool = False, ours: bool = False) -> Trainee:
+def _qlora(work: Work, *, ours: bool = False, **options: bool) -> Trainee:
     model = peft_qlora(
-        work.base,
-        dtype=work.dtype,
-        rank=work.rank,
-        checkpointing=checkpointing,
-        device=work.device,
+        work.base, dtype=work.dtype, rank=work.rank, device=work.device, **options
     )
     if ours:
         lk.accelerate_4bit(model)
     return Trainee(model=model, optimizer=_adamw(model, _ADAPTER_RATE))
+
+
+def _liger(work: Work) -> Trainee:
+    if work.device.type != "cuda":
+        raise UnavailableError("Liger's loss is a Triton kernel, and Triton needs a GPU")
+    return _qlora(work, liger_loss=True)
 
 
 def _side_network(work: Work, kind: type[PlainLadder]) -> Trainee:
@@ -250,6 +252,7 @@ METHODS: Mapping[str, Make] = {
     ),
     "QLoRA": _qlora,
     "QLoRA, checkpointed": functools.partial(_qlora, checkpointing=True),
+    "QLoRA, Liger loss": _liger,
     "QLoRA on our kernels": functools.partial(_qlora, ours=True),
     "QLoRA on our kernels, checkpointed": functools.partial(_qlora, ours=True, checkpointing=True),
     "plain LST": functools.partial(_side_network, kind=PlainLST),

@@ -29,6 +29,7 @@ def peft_qlora(
     dtype: torch.dtype,
     rank: int,
     checkpointing: bool = False,
+    liger_loss: bool = False,
     device: torch.device | str = "cpu",
 ) -> Any:
     """The model in training mode, with adapters on all linear layers.
@@ -38,18 +39,28 @@ def peft_qlora(
         dtype: To compute in.
         rank: Of the adapters.
         checkpointing: Whether blocks are recomputed in the backward pass.
+        liger_loss: Whether the loss is Liger's fused linear cross entropy.
         device: Where.
+
+    Raises:
+        RuntimeError: Liger's kernels cannot run here.
     """
-    return _adapted(transformers_base(base, dtype, device), rank, checkpointing)
+    return _adapted(transformers_base(base, dtype, device), rank, checkpointing, liger_loss)
 
 
-def peft_qlora_on(backbone: NativeBackbone, *, rank: int, checkpointing: bool = False) -> Any:
+def peft_qlora_on(
+    backbone: NativeBackbone, *, rank: int, checkpointing: bool = False, liger_loss: bool = False
+) -> Any:
     """The same on the weights of a backbone in memory, which are shared and not copied.
 
     Args:
         backbone: Where it is, the model will be; in its dtype.
         rank: Of the adapters.
         checkpointing: Whether blocks are recomputed in the backward pass.
+        liger_loss: Whether the loss is Liger's fused linear cross entropy.
+
+    Raises:
+        RuntimeError: Liger's kernels cannot run here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -68,7 +79,7 @@ def peft_qlora_on(backbone: NativeBackbone, *, rank: int, checkpointing: bool = 
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config=backbone.config).to(backbone.device)
     model.is_loaded_in_4bit = True
-    return _adapted(model, rank, checkpointing)
+    return _adapted(model, rank, checkpointing, liger_loss)
 
 
 def _linear4bit(linear: Any, weight: NF4Weight) -> nn.Module:
@@ -97,11 +108,30 @@ def _linear4bit(linear: Any, weight: NF4Weight) -> nn.Module:
     return layer
 
 
-def _adapted(model: Any, rank: int, checkpointing: bool) -> Any:
+def _adapted(model: Any, rank: int, checkpointing: bool, liger_loss: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    if liger_loss:
+        _take_liger_loss(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
     lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora).train()
+
+
+def _take_liger_loss(model: Any) -> None:
+    """Give ``model`` Liger's fused linear cross entropy, and no other kernel of Liger's."""
+    if model.device.type != "cuda":
+        raise RuntimeError(
+            f"Liger's loss is a Triton kernel, and Triton has no driver for {model.device}: it "
+            "needs a GPU"
+        )
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    model_type = model.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise RuntimeError(f"Liger has no kernels for models of type '{model_type}'")
+    options = {"rope": False, "rms_norm": False, "swiglu": False, "cross_entropy": False}
+    _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=True, **options)

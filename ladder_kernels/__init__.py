@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ladder_kernels.backend import get_backend, set_backend, use_backend
-    from ladder_kernels.models.accelerate import accelerate_4bit
+    from ladder_kernels.models.accelerate import accelerate_4bit, restore_4bit
     from ladder_kernels.models.config import LadderConfig
     from ladder_kernels.models.modeling import LadderForCausalLM
     from ladder_kernels.nf4 import NF4Weight, quantize_nf4
@@ -39,6 +39,7 @@ _HOME = {
     "nf4_linear": "ladder_kernels.ops",
     "nf4_swiglu": "ladder_kernels.ops",
     "quantize_nf4": "ladder_kernels.nf4",
+    "restore_4bit": "ladder_kernels.models.accelerate",
     "rms_norm": "ladder_kernels.ops",
     "rung_merge": "ladder_kernels.ops",
     "set_backend": "ladder_kernels.backend",
@@ -56,6 +57,7 @@ __all__ = [
     "nf4_linear",
     "nf4_swiglu",
     "quantize_nf4",
+    "restore_4bit",
     "rms_norm",
     "rung_merge",
     "set_backend",

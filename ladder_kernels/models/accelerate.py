@@ -1,38 +1,58 @@
-"""Run a model's bitsandbytes 4-bit layers on the kernels of this library, in place.
+"""Run a model's bitsandbytes 4-bit layers on the kernels of this library, in place, and back.
 
-For people who train QLoRA, or anything else on ``bitsandbytes.nn.Linear4bit``, and want its frozen
-products faster without changing their trainer. Only the layers' class changes: parameters, names,
-``state_dict``, PEFT wrappers and saved files stay as they were, and the packed weight is read where
-it lies.
+For people who train QLoRA, or anything else on ``bitsandbytes.nn.Linear4bit``, and want it faster
+without changing their trainer. Only the classes of modules change, and a name in a configuration
+that is not saved: parameters, names, ``state_dict``, PEFT wrappers and saved files stay as they
+were, and the packed weight is read where it lies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ladder_kernels import ops
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
-from ladder_kernels.nf4 import NF4Weight
+from ladder_kernels.models import fused_loss, native_attention
+from ladder_kernels.models.quantized_layer import AcceleratedLinear4bit
+from ladder_kernels.models.reclass import reclass, restore
 
 if TYPE_CHECKING:
     from bitsandbytes.nn.modules import Linear4bit
 
-__all__ = ["accelerate_4bit"]
+__all__ = ["accelerate_4bit", "restore_4bit"]
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 
-def accelerate_4bit(model: ModelT) -> ModelT:
+def accelerate_4bit(
+    model: ModelT, *, loss: bool | None = None, attention: bool | None = None
+) -> ModelT:
     """Make every NF4 ``bitsandbytes.nn.Linear4bit`` inside ``model`` use :func:`nf4_linear`.
 
     Works on plain transformers models loaded with ``BitsAndBytesConfig`` and on PEFT models on top
     of them. The layers stay differentiable in their input and bias, so LoRA adapters train as
-    before. Calling it twice is harmless.
+    before. Calling it again is harmless, and the last call decides; :func:`restore_4bit` undoes it.
+
+    Where the model is one of transformers' causal language models of a known type, two more parts
+    of a training step come from here, which cost as much as the layers. Both are decided anew in
+    every forward, and whatever they do not serve runs as before:
+
+    - *loss*: in training mode, with labels, the loss is :func:`linear_cross_entropy` of the last
+      hidden states, equal to transformers' up to rounding (shifted labels, ``ignore_index``,
+      ``num_items_in_batch``, the model's scale and cap of its logits). There are no ``[T, V]``
+      logits then: ``output.logits`` is ``None``. In evaluation mode, without labels, or if the head
+      has an adapter, a bias or a hook, the model's own forward runs.
+    - *attention*: on a CPU, plain causal attention runs on the native kernels; with padding, packed
+      documents, shorter windows or caches it is transformers' "sdpa".
 
     Args:
         model: any module with ``Linear4bit`` layers of ``quant_type="nf4"``, already quantised.
+        loss: ``None``: wherever it can be; a model of another kind is left as it is. ``True``: as
+            ``None``, but it is an error if it cannot be. ``False``: not, for a training loop that
+            reads the logits.
+        attention: the same for attention.
 
     Returns:
         The same object, for chaining.
@@ -40,8 +60,8 @@ def accelerate_4bit(model: ModelT) -> ModelT:
     Raises:
         ConfigError: bitsandbytes is not installed.
         UnsupportedModelError: there is no ``Linear4bit`` layer, or one of them is not NF4, not
-            quantised yet, or was repacked by bitsandbytes for its own CPU inference. No layer has
-            been changed then.
+            quantised yet, or was repacked by bitsandbytes for its own CPU inference; or an option
+            is ``True`` and cannot be. Nothing has been changed then.
     """
     try:
         from bitsandbytes.nn.modules import Linear4bit
@@ -58,9 +78,68 @@ def accelerate_4bit(model: ModelT) -> ModelT:
         )
     for name, layer in layers.items():
         _check(name, layer)
+    known: list[Any] = [m for m in model.modules() if fused_loss.is_known(m)]
+    with_loss = _chosen("loss", loss, model, known, fused_loss.refusal)
+    with_attention = _chosen("attention", attention, model, known, native_attention.refusal)
+
     for layer in layers.values():
-        layer.__class__ = _accelerated_class(type(layer))
+        reclass(layer, AcceleratedLinear4bit)
+    for each in known:
+        if each in with_loss:
+            reclass(each, fused_loss.FusedLoss)
+        else:
+            restore(each)
+        if each in with_attention:
+            native_attention.switch(each)
+        else:
+            native_attention.restore(each)
     return model
+
+
+def restore_4bit(model: ModelT) -> ModelT:
+    """Undo :func:`accelerate_4bit`: every module has its own class and attention again.
+
+    What was trained meanwhile stays as it is: weights and adapters were never elsewhere.
+
+    Args:
+        model: What :func:`accelerate_4bit` took, or a model around it or inside it. A model that
+            was never accelerated is left as it is.
+
+    Returns:
+        The same object, for chaining.
+    """
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        restore(module)
+        if fused_loss.is_known(module):
+            native_attention.restore(module)
+    return model
+
+
+def _chosen(
+    option: str,
+    wanted: bool | None,
+    model: torch.nn.Module,
+    known: list[Any],
+    refusal: Callable[[Any], str | None],
+) -> list[Any]:
+    """Those of the ``known`` language models to which an option applies.
+
+    Raises:
+        UnsupportedModelError: It is wanted by name, and there is none.
+    """
+    if wanted is False:
+        return []
+    found = {id(each): refusal(each) for each in known}
+    if wanted and (not found or any(found.values())):
+        reason = next(
+            (f"this {type(each).__name__} cannot: {found[id(each)]}" for each in known),
+            f"{type(model).__name__} holds no causal language model of a known type",
+        )
+        raise UnsupportedModelError(
+            f"accelerate_4bit: {option}=True, but {reason}; {option}=None leaves it out there"
+        )
+    return [each for each in known if found[id(each)] is None]
 
 
 def _check(name: str, layer: Linear4bit) -> None:
@@ -77,25 +156,3 @@ def _check(name: str, layer: Linear4bit) -> None:
         )
     if found is not None:
         raise UnsupportedModelError(f"accelerate_4bit: layer '{name}' {found}")
-
-
-def _accelerated_class(base: type[Linear4bit]) -> type[Linear4bit]:
-    """A subclass of ``base`` whose forward runs here; ``base`` itself if it already does."""
-    if issubclass(base, _AcceleratedForward):
-        return base
-    return type(f"Accelerated{base.__name__}", (_AcceleratedForward, base), {})
-
-
-class _AcceleratedForward:
-    """Mixed in before ``Linear4bit``: same dtype rules as its forward, our product."""
-
-    def forward(self: Linear4bit, x: torch.Tensor) -> torch.Tensor:  # type: ignore[misc]
-        """Compute ``x @ W^T + bias`` for ``x`` ``[..., K]``; returns ``[..., N]`` in x's dtype."""
-        if not self.compute_type_is_set:
-            self.set_compute_type(x)
-            self.compute_type_is_set = True
-        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-        state: Any = getattr(self.weight, "quant_state", None) or self.quant_state
-        weight = NF4Weight.from_bitsandbytes(self.weight.data, state)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return ops.nf4_linear(x.to(dtype), weight, bias).to(x.dtype)
