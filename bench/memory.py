@@ -39,13 +39,6 @@ __all__ = ["AnonymousMemory", "Measured", "bytes_beyond", "draw", "measure", "pr
 
 _STATUS = Path("/proc/self/status")
 _SAMPLES = 0.02
-_COLOURS = {
-    "weights": "#4477aa",
-    "taps": "#66ccee",
-    "ladder": "#228833",
-    "optimizer": "#ccbb44",
-    "transients": "#ee6677",
-}
 
 
 def bytes_beyond(call: Callable[[], list[torch.Tensor]]) -> int:
@@ -224,32 +217,23 @@ def draw(timeline: Sequence[Moment], title: str, path: Path) -> list[Path]:
     Returns:
         The files.
     """
-    import matplotlib as mpl
+    from bench import plots
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    def fill(figure: Any, theme: Any) -> None:
+        axes = figure.add_axes((0.08, 0.11, 0.75, 0.81))
+        heights = {
+            name: [getattr(moment.usage, name) / 1e9 for moment in timeline] for name in CATEGORIES
+        }
+        plots.stack(axes, range(len(timeline)), heights, step=True)
+        peak = max(moment.usage.total for moment in timeline) / 1e9
+        axes.axhline(peak, linestyle="--", linewidth=1, color=theme.ink)
+        axes.annotate(f"peak {peak:.2f} GB", (0, peak), (2, 3), textcoords="offset points")
+        axes.set(title=title, xlabel="changes, in order", ylabel="live bytes of tensors, GB")
+        axes.set_xlim(0, len(timeline) - 1)
+        axes.set_ylim(0, 1.1 * peak)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, frameon=False)
 
-    files = []
-    for look, style in (("light", "default"), ("dark", "dark_background")):
-        with plt.style.context(style):
-            figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
-            lines = [[getattr(m.usage, name) / 1e9 for m in timeline] for name in _COLOURS]
-            axes.stackplot(
-                range(len(timeline)), lines, labels=list(_COLOURS), colors=_COLOURS.values(),
-                step="post",
-            )  # fmt: skip
-            peak = max(moment.usage.total for moment in timeline) / 1e9
-            axes.axhline(peak, linestyle="--", linewidth=1, color="0.5")
-            axes.annotate(f"peak {peak:.2f} GB", (0, peak), va="bottom")
-            axes.set(title=title, xlabel="changes, in order", ylabel="live bytes of tensors, GB")
-            axes.set_xlim(0, len(timeline) - 1)
-            axes.set_ylim(0, 1.1 * peak)
-            axes.grid(alpha=0.3)
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
-            files.append(path.with_name(f"{path.name}-{look}.png"))
-            figure.savefig(files[-1], dpi=120)
-            plt.close(figure)
-    return files
+    return plots.save(path, (9, 4.8), fill)
 
 
 def main() -> None:
