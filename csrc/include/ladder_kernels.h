@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 7
+#define LK_ABI_VERSION 8
 
 typedef enum {
   LK_OK = 0,
@@ -125,12 +125,14 @@ LK_API lk_status lk_nf4_linear(const lk_nf4_matrix* weight, lk_dtype dtype, int6
 /*
  * out[m, k] = sum_n grad[m, n] * W[n, k], rounded once: the gradient of lk_nf4_linear to x.
  *
- *   grad      [M, N] of dtype, rows `grad_stride` elements apart
- *   out       [M, K] of dtype, contiguous; may not overlap grad
+ *   W         the rows of `weight`, and below them those of `below`, of as many columns, or NULL;
+ * so that the gradients through two products of x are summed before they are rounded grad      [M,
+ * N] of dtype, N the rows of both, rows `grad_stride` elements apart out       [M, K] of dtype,
+ * contiguous; may not overlap grad
  */
-LK_API lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M,
-                                          const void* grad, int64_t grad_stride, void* out,
-                                          int32_t threads);
+LK_API lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, const lk_nf4_matrix* below,
+                                          lk_dtype dtype, int64_t M, const void* grad,
+                                          int64_t grad_stride, void* out, int32_t threads);
 
 /*
  * out[m, n] = silu(sum_k x[m, k] * G[n, k]) * sum_k x[m, k] * U[n, k], rounded once, where

@@ -174,16 +174,17 @@ lk_status lk_nf4_linear(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M, 
       {*weight, dtype, M, x, x_stride, bias, residual, residual_stride, out, threads});
 }
 
-lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, lk_dtype dtype, int64_t M,
-                                   const void* grad, int64_t grad_stride, void* out,
-                                   int32_t threads) {
+lk_status lk_nf4_linear_transposed(const lk_nf4_matrix* weight, const lk_nf4_matrix* below,
+                                   lk_dtype dtype, int64_t M, const void* grad, int64_t grad_stride,
+                                   void* out, int32_t threads) {
   if (!is_valid(weight) || !is_valid(dtype) || M < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (below != nullptr && (!is_valid(below) || below->cols != weight->cols)) return LK_BAD_ARGUMENT;
   if (M == 0 || weight->cols == 0) return LK_OK;
-  const bool empty = weight->rows == 0;
-  if (out == nullptr || (!empty && grad == nullptr)) return LK_BAD_ARGUMENT;
-  if (M > 1 && !empty && grad_stride < weight->rows) return LK_BAD_ARGUMENT;
+  const int64_t rows = weight->rows + (below != nullptr ? below->rows : 0);
+  if (out == nullptr || (rows > 0 && grad == nullptr)) return LK_BAD_ARGUMENT;
+  if (M > 1 && grad_stride < rows) return LK_BAD_ARGUMENT;
   return chosen().load()->nf4_linear_transposed(
-      {*weight, dtype, M, grad, grad_stride, nullptr, nullptr, 0, out, threads});
+      {*weight, below, dtype, M, grad, grad_stride, out, threads});
 }
 
 lk_status lk_nf4_swiglu(const lk_nf4_matrix* gate, const lk_nf4_matrix* up, lk_dtype dtype,

@@ -21,6 +21,17 @@ struct LinearCall {
   int32_t threads;
 };
 
+struct TransposedCall {
+  lk_nf4_matrix weight;
+  const lk_nf4_matrix* below;  // nullptr: none
+  lk_dtype dtype;
+  int64_t M;
+  const void* x;
+  int64_t x_stride;
+  void* out;
+  int32_t threads;
+};
+
 struct SwiGLUCall {
   lk_nf4_matrix gate, up;
   lk_dtype dtype;
@@ -163,7 +174,7 @@ struct RungMergeBackwardCall {
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
-  lk_status (*nf4_linear_transposed)(const LinearCall&);
+  lk_status (*nf4_linear_transposed)(const TransposedCall&);
   lk_status (*nf4_swiglu)(const SwiGLUCall&);
   lk_status (*nf4_linear_int8)(const LinearCall&);
   lk_status (*nf4_swiglu_int8)(const SwiGLUCall&);

@@ -19,6 +19,7 @@ struct Arguments {
 
   lk_nf4_matrix w = weight.matrix(), up = weight.matrix();
   const lk_nf4_matrix* w_at = &w;
+  const lk_nf4_matrix* below = nullptr;
   lk_dtype dtype = LK_FLOAT32;
   int64_t rows = M, stride = K, residual_stride = N, grad_stride = N, count = M;
   const void* x_at = x.data();
@@ -44,7 +45,7 @@ struct Arguments {
                          out_at, threads);
   }
   lk_status transposed() {
-    return lk_nf4_linear_transposed(w_at, dtype, rows, x_at, grad_stride,
+    return lk_nf4_linear_transposed(w_at, below, dtype, rows, x_at, grad_stride,
                                     out_at == nullptr ? nullptr : back.data(), threads);
   }
   lk_status swiglu() {
@@ -141,6 +142,21 @@ const KernelRefusal kOwn[] = {
     {kLinear, {"overlapping rows of residual", [](Arguments& a) { a.residual_stride = 3; }}},
     {kTransposed, {"M -1", [](Arguments& a) { a.rows = -1; }}},
     {kTransposed, {"overlapping rows of grad", [](Arguments& a) { a.grad_stride = 3; }}},
+    {kTransposed, {"rows of grad for one of two", [](Arguments& a) { a.below = &a.up; }}},
+    {kTransposed,
+     {"other columns below",
+      [](Arguments& a) {
+        a.below = &a.up;
+        a.up.cols = 16;
+        a.grad_stride = 8;
+      }}},
+    {kTransposed,
+     {"no scales below",
+      [](Arguments& a) {
+        a.below = &a.up;
+        a.up.absmax = nullptr;
+        a.grad_stride = 8;
+      }}},
     {kSwiGLU, {"M -1", [](Arguments& a) { a.rows = -1; }}},
     {kSwiGLU, {"overlapping rows of x", [](Arguments& a) { a.stride = 31; }}},
     {kSwiGLU, {"an up of other rows", [](Arguments& a) { a.up.rows = 3; }}},

@@ -13,8 +13,13 @@ struct Case {
 void check(Tally& tally, Random& random, const Case& c) {
   const Weight weight(c.N, c.K, c.blocksize, c.nested, random);
   const lk_nf4_matrix matrix = weight.matrix();
-  const std::vector<double> w = weight.dequantized(c.dtype);
-  const int64_t x_stride = c.K + random.below(3), grad_stride = c.N + random.below(3);
+  std::vector<double> w = weight.dequantized(c.dtype);
+  const int64_t rows_below = random.between(1, 60);
+  const Weight below(rows_below, c.K, 16 << random.below(5), random.coin(), random);
+  const lk_nf4_matrix matrix_below = below.matrix();
+  const bool two = random.coin();  // matrices in the transposed product
+  const int64_t depth = c.N + (two ? rows_below : 0);
+  const int64_t x_stride = c.K + random.below(3), grad_stride = depth + random.below(3);
   const int64_t residual_stride = c.N + random.below(3);
   const Array x(c.dtype, c.M * x_stride, random), grad(c.dtype, c.M * grad_stride, random);
   const Array bias(c.dtype, c.N, random), residual(c.dtype, c.M * residual_stride, random);
@@ -27,8 +32,8 @@ void check(Tally& tally, Random& random, const Case& c) {
                          threads) == LK_OK;
   };
   const auto backward = [&](Array& out, int threads) {
-    return lk_nf4_linear_transposed(&matrix, c.dtype, c.M, grad.data(), grad_stride, out.data(),
-                                    threads) == LK_OK;
+    return lk_nf4_linear_transposed(&matrix, two ? &matrix_below : nullptr, c.dtype, c.M,
+                                    grad.data(), grad_stride, out.data(), threads) == LK_OK;
   };
   Array out(c.dtype, c.M * c.N), out_again(c.dtype, c.M * c.N);
   Array back(c.dtype, c.M * c.K), back_again(c.dtype, c.M * c.K);
@@ -38,6 +43,8 @@ void check(Tally& tally, Random& random, const Case& c) {
                "nf4_linear M=%d N=%d K=%d dtype=%d: refused, or %d threads change bits", int(c.M),
                int(c.N), int(c.K), int(c.dtype), c.threads);
 
+  const std::vector<double> w_below = below.dequantized(c.dtype);
+  w.insert(w.end(), w_below.begin(), w_below.end());
   for (int probe = 0; probe < 40; ++probe) {
     const int64_t m = random.below(c.M), n = random.below(c.N), k = random.below(c.K);
     Sum sum, sum_back;
@@ -46,7 +53,7 @@ void check(Tally& tally, Random& random, const Case& c) {
     }
     if (with_bias) sum.add(bias[n]);
     if (with_residual) sum.add(residual[m * residual_stride + n]);
-    for (int64_t i = 0; i < c.N; ++i) {
+    for (int64_t i = 0; i < depth; ++i) {
       sum_back.add(grad[m * grad_stride + i] * w[static_cast<size_t>(i * c.K + k)]);
     }
     const double got = out[m * c.N + n], got_back = back[m * c.K + k];
@@ -56,7 +63,7 @@ void check(Tally& tally, Random& random, const Case& c) {
                  sum.value);
     tally.expect(close(got_back, sum_back.value, sum_back.size, c.dtype),
                  "transposed M=%d N=%d K=%d blocksize=%d dtype=%d: [%d, %d] is %g, not %g",
-                 int(c.M), int(c.N), int(c.K), int(c.blocksize), int(c.dtype), int(m), int(k),
+                 int(c.M), int(depth), int(c.K), int(c.blocksize), int(c.dtype), int(m), int(k),
                  got_back, sum_back.value);
   }
 }

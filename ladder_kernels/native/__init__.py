@@ -33,7 +33,7 @@ __all__ = [
     "status",
 ]
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"
@@ -225,7 +225,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "lk_set_isa": (ctypes.c_char_p,),
         "lk_nf4_linear": linear,
         "lk_nf4_linear_int8": linear,
-        "lk_nf4_linear_transposed": (matrix, number, size, pointer, size, pointer, number),
+        "lk_nf4_linear_transposed": (matrix, matrix, number, size, pointer, size, pointer, number),
         "lk_linear_cross_entropy": (
             *(matrix, ctypes.POINTER(DenseMatrix), number, pointer, size, pointer, pointer, size),
             *(ctypes.c_float, ctypes.c_float, pointer, pointer, pointer, size, number),

@@ -134,6 +134,20 @@ def test_the_weight_is_rounded_to_the_dtype_of_x(use_isa, isa, dtype):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "below"), [(40, 56), (41, 30), (900, 701)])
+def test_transposed_over_two_matrices(use_isa, isa, dtype, N, below):
+    """To the bit what the matrix of all their rows gives."""
+    use_isa(isa)
+    dense, grad = torch.randn(N + below, 128), torch.randn(33, N + below).to(dtype)
+    whole, *parts = (
+        quantize_nf4(rows, double_quant=False) for rows in (dense, dense[:N], dense[N:])
+    )
+    expected = cpu.nf4_linear_transposed(grad, whole)
+    assert torch.equal(cpu.nf4_linear_transposed(grad, *parts), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_values_that_are_not_finite(use_isa, isa, rows):
     """NaN and infinity stay in their row; overflow rounds to infinity, as torch rounds."""

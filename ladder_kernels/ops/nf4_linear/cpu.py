@@ -28,12 +28,24 @@ def nf4_linear(
     return _native.nf4_linear("lk_nf4_linear", x, weight, bias, residual)
 
 
-def nf4_linear_transposed(grad: Tensor, weight: NF4Weight) -> Tensor:
-    """Return ``grad @ W``; as the reference's."""
+def nf4_linear_transposed(
+    grad: Tensor, weight: NF4Weight, below: NF4Weight | None = None
+) -> Tensor:
+    """Return ``grad @ W``; as the reference's.
+
+    Args:
+        grad: ``[M, N]``.
+        weight: ``[N, K]``; or, with ``below``, the first rows of it.
+        below: The other rows, or ``None``.
+
+    Returns:
+        ``[M, K]`` in grad's dtype, rounded once.
+    """
     grad = _native.adjacent_columns(grad)
     out = grad.new_empty((grad.shape[0], weight.shape[1]))
     code = _native.library().lk_nf4_linear_transposed(
         _native.matrix(weight),
+        None if below is None else _native.matrix(below),
         _native.DTYPES[grad.dtype],
         grad.shape[0],
         grad.data_ptr(),

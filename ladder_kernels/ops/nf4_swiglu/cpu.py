@@ -1,8 +1,8 @@
 """The gated half of a SwiGLU MLP on the native CPU kernels (``csrc/src/nf4_swiglu.inc``).
 
 Both products and the activation are float32 and rounded once together. The backward pass computes
-both products again, some rows of x at a time, so that its workspace does not grow with M.
-float64 has no native kernel.
+both products again, some rows of x at a time, so that its workspace does not grow with M, and
+rounds the sum of the gradients through both once. float64 has no native kernel.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def nf4_swiglu(x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
 def nf4_swiglu_backward(grad: Tensor, x: Tensor, w_gate: NF4Weight, w_up: NF4Weight) -> Tensor:
     """Return the gradient to ``x`` ``[M, K]`` from ``grad`` ``[M, N]``; as the reference's."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tokens = max(64, _BACKWARD_NUMBERS // max(1, w_gate.shape[0]))
+    width = w_gate.shape[0]
+    tokens = max(64, _BACKWARD_NUMBERS // max(1, width))
     for start, stop in blocks(x.shape[0], tokens):
         rows = x[start:stop]
         gate = linear.nf4_linear(rows, w_gate).float()
         up = linear.nf4_linear(rows, w_up).float()
         along = grad[start:stop].float()
         sigmoid = gate.sigmoid()
-        dgate = (along * up * sigmoid * (1 + gate * (1 - sigmoid))).to(x.dtype)
-        dup = (along * gate * sigmoid).to(x.dtype)
-        through_gate = linear.nf4_linear_transposed(dgate, w_gate)
-        through_up = linear.nf4_linear_transposed(dup, w_up)
-        torch.add(through_gate, through_up, out=out[start:stop])
+        both = x.new_empty((stop - start, 2 * width))
+        both[:, :width] = along * up * sigmoid * (1 + gate * (1 - sigmoid))
+        both[:, width:] = along * gate * sigmoid
+        out[start:stop] = linear.nf4_linear_transposed(both, w_gate, w_up)
     return out
