@@ -197,9 +197,7 @@ def _streamed(work: Work) -> Trainee:
 
 
 def _qlora(work: Work, *, ours: bool = False, **options: bool) -> Trainee:
-    model = peft_qlora(
-        work.base, dtype=work.dtype, rank=work.rank, device=work.device, **options
-    )
+    model = peft_qlora(work.base, dtype=work.dtype, rank=work.rank, device=work.device, **options)
     if ours:
         lk.accelerate_4bit(model)
     return Trainee(model=model, optimizer=_adamw(model, _ADAPTER_RATE))
