@@ -40,10 +40,11 @@ def nf4_swiglu_backward(grad: Tensor, x: Tensor, w_gate: NF4Weight, w_up: NF4Wei
         rows = x[start:stop]
         gate = linear.nf4_linear(rows, w_gate).float()
         up = linear.nf4_linear(rows, w_up).float()
-        along = grad[start:stop].float()
         sigmoid = gate.sigmoid()
+        along = grad[start:stop].float() * sigmoid
         both = x.new_empty((stop - start, 2 * width))
-        both[:, :width] = along * up * sigmoid * (1 + gate * (1 - sigmoid))
-        both[:, width:] = along * gate * sigmoid
+        torch.mul(along, gate, out=both[:, width:])
+        slope = gate.mul_(1 - sigmoid).add_(1)  # of silu, over the sigmoid
+        torch.mul(along.mul_(up), slope, out=both[:, :width])
         out[start:stop] = linear.nf4_linear_transposed(both, w_gate, w_up)
     return out
