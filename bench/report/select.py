@@ -18,10 +18,14 @@ __all__ = [
     "Machine",
     "Selection",
     "Source",
+    "Where",
     "provenance",
     "tokens",
     "tokens_per_second",
 ]
+
+Where = Mapping[str, str | tuple[str, ...]]
+"""Fields of :class:`bench.rows.Row`: the value that they have, or those of which they have one."""
 
 _GPUS = re.compile(r"NVIDIA|GeForce|Tesla|AMD (Instinct|Radeon)")
 
@@ -51,13 +55,15 @@ class Source:
     Attributes:
         file: Under ``bench/results/``.
         command: That measures them.
-        where: Fields that all of them have; ``evidence`` is "measured" if nothing else is said.
+        where: Fields that all of them have.
+        evidence: How they came to be.
         machine: The devices that are meant; rows of one of them are taken, see :meth:`select`.
     """
 
     file: str
     command: str
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Where = field(default_factory=dict)
+    evidence: tuple[str, ...] = ("measured",)
     machine: Machine = PROCESSOR
 
     def select(self) -> Selection:
@@ -66,7 +72,7 @@ class Source:
         No table mixes machines: of several, the one with the most rows is taken, and the later of
         two with equally many.
         """
-        where = {"evidence": "measured", **self.where}
+        where = {**self.where, "evidence": self.evidence}
         every = [row for row in results.read(self.file) if _matches(row, where)]
         count = Counter((row.device, row.threads) for row in every if self.machine(row.device))
         # Of equals, max takes the first: the last in the file comes first here.
@@ -92,11 +98,11 @@ class Selection:
     rows: Sequence[Row]
     elsewhere: Sequence[Row]
 
-    def all(self, where: Mapping[str, str], *, elsewhere: bool = False) -> list[Row]:
+    def all(self, where: Where, *, elsewhere: bool = False) -> list[Row]:
         """The rows with these fields.
 
         Args:
-            where: Values of fields of :class:`bench.rows.Row`.
+            where: See :data:`Where`.
             elsewhere: Whether another machine's rows do if this one has none.
         """
         found = [row for row in self.rows if _matches(row, where)]
@@ -104,7 +110,7 @@ class Selection:
             found = [row for row in self.elsewhere if _matches(row, where)]
         return found
 
-    def one(self, where: Mapping[str, str], *, elsewhere: bool = False) -> Row | None:
+    def one(self, where: Where, *, elsewhere: bool = False) -> Row | None:
         """The row with these fields, or ``None``; arguments as of :meth:`all`.
 
         Raises:
@@ -118,8 +124,11 @@ class Selection:
         return found[0] if found else None
 
 
-def _matches(row: Row, where: Mapping[str, str]) -> bool:
-    return all(getattr(row, name) == value for name, value in where.items())
+def _matches(row: Row, where: Where) -> bool:
+    return all(
+        getattr(row, name) in ((value,) if isinstance(value, str) else value)
+        for name, value in where.items()
+    )
 
 
 def tokens(row: Row) -> int:

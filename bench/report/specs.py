@@ -17,19 +17,22 @@ from bench.report.select import (
     Machine,
     Selection,
     Source,
+    Where,
     tokens_per_second,
 )
 from bench.report.tables import (
     Against,
+    Blank,
     Column,
     Filled,
     Line,
+    Range,
     Ratio,
     Table,
+    duration,
     gigabytes,
     megabytes,
     millions,
-    milliseconds,
     percent,
     seconds,
     whole,
@@ -38,6 +41,10 @@ from bench.rows import Row
 
 __all__ = ["PLOTS", "TABLES"]
 
+_STEP = "python -m bench.train_step --dtype float32 bfloat16 --answers 1 10"
+_SHAPE = "--model Qwen2.5-1.5B"
+_ACROSS_CONTEXTS = "python -m bench.train_step --context 512 1024 2048 4096 8192"
+_OPS = "python -m bench.ops"
 _SMOL = "SmolLM2-135M-Instruct"
 _QWEN = "Qwen2.5-1.5B, random weights"
 _QWEN_7B = "Qwen2.5-7B, random weights"
@@ -97,7 +104,7 @@ def _contexts(dtype: str) -> list[Table]:
     def contexts(kind: str, metric: str, text: object, note: str) -> Table:
         return Table(
             name=f"contexts-{kind}-{dtype}",
-            source=_steps(dtype),
+            source=_steps(dtype, _ACROSS_CONTEXTS),
             heads=(note,),
             lines=_named(_ACROSS),
             columns=tuple(
@@ -117,28 +124,33 @@ def _contexts(dtype: str) -> list[Table]:
     ]
 
 
-def _steps(dtype: str, **where: str) -> Source:
+def _steps(dtype: str, command: str, **where: str) -> Source:
     return Source(
         file="train_step.csv",
-        command="python -m bench.train_step",
+        command=command,
         where={"bench": "train_step", "model": _SMOL, "dtype": dtype, **where},
     )
 
 
 def _comparison() -> Table:
     """What the ladder takes against its rivals: each cell is a ratio."""
+    every, tenth = "loss on every token", "on one in ten"
 
-    def line(label: str, candidate: str, dtype: str, to: tuple[str, ...], metric: str) -> Line:
+    def speed(label: str, candidate: str, dtype: str, to: tuple[str, ...]) -> Line:
         cells = [
-            Ratio(header=header, to=to, metric=metric, where={"shape": shape})
-            for header, shape in (("loss on every token", _EVERY), ("on one in ten", _TENTH))
+            Ratio(header=header, to=to, where={"shape": shape})
+            for header, shape in ((every, _EVERY), (tenth, _TENTH))
         ]
         return Line((label,), {"candidate": candidate, "dtype": dtype}, cells)
+
+    def memory(label: str, dtype: str, to: str) -> Line:
+        ratio = Ratio(header=every, to=(to,), metric=_LIVE, where={"shape": _EVERY})
+        return Line((label,), {"candidate": "ladder", "dtype": dtype}, (ratio, Blank(header=tenth)))
 
     lines = []
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         lines += [
-            line(f"tokens/s, {short}: {of} against {to}", of, dtype, rivals, "seconds")
+            speed(f"tokens/s, {short}: {of} against {to}", of, dtype, rivals)
             for of, to, rivals in (
                 ("ladder", "the best QLoRA", _QLORA),
                 ("ladder", "plain LST", ("plain LST",)),
@@ -147,16 +159,13 @@ def _comparison() -> Table:
             )
         ]
         lines += [
-            line(f"bytes beyond the weights, {short}: {to} against ladder", "ladder", dtype,
-                 (to,), _LIVE)
+            memory(f"bytes beyond the weights, {short}: {to} against ladder", dtype, to)
             for to in ("QLoRA", "QLoRA, checkpointed", "plain LST")
-        ]  # fmt: skip
+        ]
     return Table(
         name="comparison",
         source=Source(
-            file="train_step.csv",
-            command="python -m bench.train_step",
-            where={"bench": "train_step", "model": _SMOL},
+            file="train_step.csv", command=_STEP, where={"bench": "train_step", "model": _SMOL}
         ),
         lines=lines,
         columns=lines[0].cells or (),
@@ -164,13 +173,33 @@ def _comparison() -> Table:
 
 
 def _ops(name: str, dtype: str, machine: Machine, command: str) -> Table:
+    """By operation and number of tokens, over all layers and models."""
+    return Table(
+        name=name,
+        source=Source(file="ops.csv", command=command, where={"dtype": dtype}, machine=machine),
+        heads=("operation", "tokens"),
+        lines=_op_groups,
+        columns=(
+            Range(
+                header="share of the bound",
+                metric="share of the bound",
+                text=percent,
+                optional=True,
+            ),
+            Against(header="times as fast as"),
+        ),
+    )
+
+
+def _every_op(name: str, dtype: str, machine: Machine, command: str) -> Table:
+    """By operation, model and shape."""
     return Table(
         name=name,
         source=Source(file="ops.csv", command=command, where={"dtype": dtype}, machine=machine),
         heads=("operation", "shape"),
         lines=_op_lines,
         columns=(
-            Column(header="ours", text=milliseconds),
+            Column(header="ours", text=duration),
             Column(
                 header="share of the bound",
                 metrics=("share of the bound",),
@@ -182,20 +211,44 @@ def _ops(name: str, dtype: str, machine: Machine, command: str) -> Table:
     )
 
 
-def _op_lines(rows: Sequence[Row]) -> list[Line]:
-    """A line an operation and shape, of the fastest of our backends that was measured."""
+def _works(rows: Sequence[Row]) -> dict[tuple[str, str, str], str]:
+    """Bench, model and shape of what was measured, and the fastest of our backends that was."""
     ours: dict[tuple[str, str, str], str] = {}
     order = ("reference", "cpu", "triton")
     for row in rows:
         if row.candidate in order and row.bench.startswith("ops/") and row.metric == "seconds":
             work = (row.bench, row.model, row.shape)
             ours[work] = max(ours.get(work, order[0]), row.candidate, key=order.index)
+    return ours
+
+
+def _op_lines(rows: Sequence[Row]) -> list[Line]:
+    """A line an operation and shape."""
     return [
         Line(
-            (bench.removeprefix("ops/"), f"{model}: {shape}" if model else shape),
+            (bench.removeprefix("ops/"), f"{model}: {shape}"),
             {"bench": bench, "model": model, "shape": shape, "candidate": candidate},
         )
-        for (bench, model, shape), candidate in ours.items()
+        for (bench, model, shape), candidate in _works(rows).items()
+    ]
+
+
+def _op_groups(rows: Sequence[Row]) -> list[Line]:
+    """A line an operation, direction and number of tokens."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for (bench, _, shape), candidate in _works(rows).items():
+        direction = re.search(r", backward|, loss and gradient", shape)
+        # A shape begins with the number of tokens; a whole weight's with its rows.
+        first = re.search(r" (\w+)=(\d+)", shape)
+        count = f"{int(first[2]):,}" if first and first[1] != "N" else ""
+        key = (bench, direction[0] if direction else "", count, candidate)
+        groups.setdefault(key, []).append(shape)
+    return [
+        Line(
+            (bench.removeprefix("ops/") + direction, count),
+            {"bench": bench, "shape": tuple(shapes), "candidate": candidate},
+        )
+        for (bench, direction, count, candidate), shapes in groups.items()
     ]
 
 
@@ -353,8 +406,8 @@ class _FromFiles:
 
     header: str = "times as fast"
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
-        name = line["candidate"]
+    def fill(self, selection: Selection, line: Where) -> Filled:
+        name = str(line["candidate"])
         ratio = Ratio(header=self.header, to=(f"{name}, taps computed",))
         return ratio.fill(selection, {**line, "candidate": f"{name}, taps from files"})
 
@@ -397,8 +450,10 @@ class _Trained:
 
     header: str = "trained"
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
-        method = line["candidate"].removesuffix(", recomputed").removesuffix(PEFT[len("qlora") :])
+    def fill(self, selection: Selection, line: Where) -> Filled:
+        method = (
+            str(line["candidate"]).removesuffix(", recomputed").removesuffix(PEFT[len("qlora") :])
+        )
         found = {
             result.trained_parameters
             for result in learning.read()
@@ -445,23 +500,24 @@ def _quantization() -> Table:
     )
 
 
-_STEP = "python -m bench.train_step"
-_OPS = "python -m bench.ops"
-
 _ALL_TABLES: Sequence[Table] = (
     _comparison(),
     _train_step("train-step-float32", _SMOL, "float32", PROCESSOR, _STEP),
     _train_step("train-step-bfloat16", _SMOL, "bfloat16", PROCESSOR, _STEP),
     _train_step("train-step-float32-avx2", _SMOL, "float32", HELD_TO_AVX2, f"{_STEP} --isa avx2"),
     _train_step("train-step-bfloat16-avx2", _SMOL, "bfloat16", HELD_TO_AVX2, f"{_STEP} --isa avx2"),
-    _train_step("train-step-1.5b-float32", _QWEN, "float32", PROCESSOR, _STEP),
-    _train_step("train-step-1.5b-bfloat16", _QWEN, "bfloat16", PROCESSOR, _STEP),
+    *(
+        _train_step(f"train-step-1.5b-{dtype}", _QWEN, dtype, PROCESSOR, f"{_STEP} {_SHAPE}")
+        for dtype in ("float32", "bfloat16")
+    ),
     *_contexts("float32"),
     *_contexts("bfloat16"),
-    _ops("ops-float32", "float32", PROCESSOR, _OPS),
-    _ops("ops-bfloat16", "bfloat16", PROCESSOR, _OPS),
-    _ops("ops-float32-avx2", "float32", HELD_TO_AVX2, f"{_OPS} --isa avx2"),
-    _ops("ops-bfloat16-avx2", "bfloat16", HELD_TO_AVX2, f"{_OPS} --isa avx2"),
+    *(
+        make(f"{kind}-{dtype}{suffix}", dtype, machine, _OPS + option)
+        for kind, make in (("ops", _ops), ("every-op", _every_op))
+        for machine, suffix, option in ((PROCESSOR, "", ""), (HELD_TO_AVX2, "-avx2", " --isa avx2"))
+        for dtype in ("float32", "bfloat16")
+    ),
     _gpu_step(),
     _gpu_memory(),
     _smallest(),
@@ -477,7 +533,7 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         AgainstContext(
             name=f"memory-context-{dtype}",
             title=f"Memory of a training step beyond the weights ({about})",
-            source=_steps(dtype),
+            source=_steps(dtype, _ACROSS_CONTEXTS),
             methods=_ACROSS,
             metric=_LIVE,
             value=lambda row: row.median / 1e9,
@@ -486,7 +542,7 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         AgainstContext(
             name=f"speed-context-{dtype}",
             title=f"Speed of training, loss on every token ({about})",
-            source=_steps(dtype),
+            source=_steps(dtype, _ACROSS_CONTEXTS),
             methods=_ACROSS,
             metric="seconds",
             value=tokens_per_second,
@@ -495,14 +551,14 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         Frontier(
             name=f"frontier-{dtype}",
             title=f"Speed against memory, 2,048 tokens, loss on every token ({about})",
-            source=_steps(dtype, shape=_EVERY),
+            source=_steps(dtype, _STEP, shape=_EVERY),
         ),
         Timeline(
             name=f"timeline-{dtype}",
             title=f"What lives over one step of 2,048 tokens ({about})",
             source=Source(
                 file="timeline.csv",
-                command="python -m bench.train_step --timeline",
+                command="python -m bench.train_step --timeline ladder QLoRA",
                 where={
                     "bench": "train_step_timeline", "model": _SMOL, "dtype": dtype, "shape": _EVERY,
                 },
@@ -510,8 +566,9 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         ),
         Roofline(
             name=f"roofline-{dtype}",
-            title=f"Operations under the processor's roof ({short})",
-            source=Source(file="ops.csv", command=_OPS),
+            title=f"Operations at Qwen2.5-7B's shapes under the processor's roof ({short})",
+            source=Source(file="ops.csv", command=_OPS, evidence=("measured", "modelled")),
+            model="Qwen2.5-7B",
             dtype=dtype,
         ),
     ]  # fmt: skip
