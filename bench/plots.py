@@ -56,7 +56,7 @@ class Theme:
     faint: str
     paper: str
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Any:
         """Matplotlib's settings."""
         inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
         return {

@@ -421,7 +421,7 @@ class Roofline:
         what = [_handle(op, theme.ink, marker) for op, marker in shapes.items()]
         place = 1.0
         for title, handles in (("computed by", who), ("operation", what)):
-            names = [handle.get_label() for handle in handles]
+            names = [str(handle.get_label()) for handle in handles]
             legend = Legend(
                 axes, handles, names, title=title, bbox_to_anchor=(1.01, place), loc="upper left",
                 frameon=False, fontsize=9, title_fontsize=9, alignment="left",

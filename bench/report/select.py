@@ -58,6 +58,8 @@ class Source:
         where: Fields that all of them have.
         evidence: How they came to be.
         machine: The devices that are meant; rows of one of them are taken, see :meth:`select`.
+        everywhere: Whether all machines' rows go together: what was found depends on none.
+        read: Reads the file.
     """
 
     file: str
@@ -65,6 +67,8 @@ class Source:
     where: Where = field(default_factory=dict)
     evidence: tuple[str, ...] = ("measured",)
     machine: Machine = PROCESSOR
+    everywhere: bool = False
+    read: Callable[[str], list[Row]] = results.read
 
     def select(self) -> Selection:
         """The rows, those of one machine together.
@@ -73,7 +77,9 @@ class Source:
         two with equally many.
         """
         where = {**self.where, "evidence": self.evidence}
-        every = [row for row in results.read(self.file) if _matches(row, where)]
+        every = [row for row in self.read(self.file) if _matches(row, where)]
+        if self.everywhere:
+            return Selection(source=self, rows=every, elsewhere=[])
         count = Counter((row.device, row.threads) for row in every if self.machine(row.device))
         # Of equals, max takes the first: the last in the file comes first here.
         chosen = max(reversed(count), key=lambda machine: count[machine], default=("", 0))

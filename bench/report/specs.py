@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.learning import results as learning
 from bench.learning.studies import PEFT
 from bench.plots import METHODS
+from bench.report.learned import Mean, base_of, learned_rows, shape_of
 from bench.report.pictures import AgainstContext, Frontier, Plot, Roofline, Timeline
 from bench.report.select import (
     GPU,
@@ -23,6 +23,7 @@ from bench.report.select import (
 from bench.report.tables import (
     Against,
     Blank,
+    Cell,
     Column,
     Filled,
     Line,
@@ -451,17 +452,157 @@ class _Trained:
     header: str = "trained"
 
     def fill(self, selection: Selection, line: Where) -> Filled:
-        method = (
-            str(line["candidate"]).removesuffix(", recomputed").removesuffix(PEFT[len("qlora") :])
-        )
-        found = {
-            result.trained_parameters
-            for result in learning.read()
-            if (result.trial.method, result.trial.base) == (method, "calibrated")
-        }
-        if len(found) != 1:
+        method = str(line["candidate"]).removesuffix(", recomputed")
+        method = "qlora" if method == PEFT else method  # their sizes are the same
+        rows = [
+            row
+            for row in learned_rows(_LEARNING.file)
+            if (row.candidate, row.model) == (method, base_of("calibrated"))
+            and row.metric == "parameters: trained"
+        ]
+        if len({row.median for row in rows}) != 1:
             return Filled(text="", missing=True)
-        return Filled(text=f"{found.pop() / 1e6:.2f} M")
+        return Filled(text=millions(rows[0]))
+
+
+_LEARNING = Source(
+    file="learning.csv",
+    command="python -m bench.learning run",
+    everywhere=True,
+    read=learned_rows,
+)
+
+
+def _learned() -> Table:
+    """What methods learn in a time: trials by their steps."""
+    recommended = "re-entry 1/2 + r16"
+    heads = {
+        "QLoRA": "qlora",
+        "ladder, PEFT's time": recommended,
+        "ladder, QLoRA's time on our kernels": recommended,
+        "ladder, equal tokens": recommended,
+        "plain ladder": "ladder",
+    }
+
+    def line(
+        label: str,
+        bench: str,
+        steps: Sequence[int | str],
+        metric: str,
+        text: Callable[[float], str],
+        besides: str = "",
+    ) -> Line:
+        """``steps`` has a text where there are no trials."""
+        cells: list[Cell] = [
+            Blank(header=head, text=count)
+            if isinstance(count, str)
+            else Mean(
+                header=head,
+                where={"candidate": method, "shape": shape_of(count)},
+                metric=metric,
+                text=text,
+                besides=besides,
+            )
+            for (head, method), count in zip(heads.items(), steps, strict=True)
+        ]
+        untrained = Mean(
+            header="untrained",
+            where={"candidate": "untrained", "shape": shape_of(0)},
+            metric=metric,
+            text=text,
+            seeds=False,
+        )
+        known = bench.startswith("learning/docstrings")
+        first = untrained if known else Blank(header="untrained")
+        return Line((label,), {"bench": bench, "model": base_of("calibrated")}, [first, *cells])
+
+    def share(value: float) -> str:
+        return f"{100 * value:.1f} %"
+
+    tasks = "learning/tasks/"
+    lines = [
+        line("docstrings, perplexity of the answers (lower is better)",
+             "learning/docstrings/docstrings", (40, 131, 56, 40, 107), "perplexity",
+             lambda value: f"{value:.1f}"),
+        line("WordNet glosses to 25 classes, accuracy", f"{tasks}nlu",
+             (60, "not run: ahead already", 84, 60, 161), "accuracy", share),
+        line("word problems with their steps, right answers of 100 (loss in nats a token)",
+             f"{tasks}maths", (60, 225, 84, 60, 161), "exact_match",
+             lambda value: f"{100 * value:.1f}", "loss"),
+        line("first wrong step of a solution, accuracy (always \"none\": 50 %)", f"{tasks}critic",
+             (60, "not run", 84, 60, 161), "accuracy", share),
+    ]  # fmt: skip
+    return Table(
+        name="learned",
+        source=_LEARNING,
+        heads=("held out",),
+        lines=lines,
+        columns=lines[0].cells or (),
+    )
+
+
+def _trials() -> Table:
+    """Every trial of the study, for prose to cite."""
+
+    def lines(rows: Sequence[Row]) -> list[Line]:
+        trials = dict.fromkeys((row.bench, row.model, row.candidate, row.shape) for row in rows)
+        return [
+            Line(
+                (bench.removeprefix("learning/"), model.rpartition(", ")[2], candidate, shape),
+                {"bench": bench, "model": model, "candidate": candidate, "shape": shape},
+            )
+            for bench, model, candidate, shape in trials
+        ]
+
+    texts: Mapping[str, Callable[[float], str]] = {
+        "perplexity": lambda value: f"{value:.2f}",
+        "loss": lambda value: f"{value:.3f}",
+        "accuracy": lambda value: f"{100 * value:.1f} %",
+        "exact_match": lambda value: f"{100 * value:.1f} %",
+        "steps": lambda value: f"{value:.1f}",
+    }
+    return Table(
+        name="trials",
+        source=_LEARNING,
+        heads=("study", "base", "method", "trained for"),
+        lines=lines,
+        columns=[
+            Mean(header=metric, metric=metric, text=text, seeds=False, optional=True)
+            for metric, text in texts.items()
+        ],
+    )
+
+
+def _planner() -> Table:
+    """What the planner says against what was counted."""
+    counted, planned = "counted", "planned"
+
+    def lines(rows: Sequence[Row]) -> list[Line]:
+        steps = dict.fromkeys((row.model, row.shape) for row in rows)
+        return [
+            Line((model, shape), {"model": model, "shape": shape, "candidate": counted})
+            for model, shape in steps
+        ]
+
+    def plan(header: str, candidate: str) -> Column:
+        return Column(
+            header=header, metrics=("bytes",), text=gigabytes, where={"candidate": candidate}
+        )
+
+    return Table(
+        name="planner",
+        source=Source(
+            file="planner.csv", command="python -m bench.planner", evidence=("modelled",)
+        ),
+        heads=("model", "step"),
+        lines=lines,
+        columns=(
+            plan("counted", counted),
+            plan("planned", planned),
+            plan("QLoRA, planned", "QLoRA, planned"),
+            plan("QLoRA with gradient checkpointing, planned", "QLoRA, checkpointing, planned"),
+        ),
+    )
 
 
 def _quantization() -> Table:
@@ -523,6 +664,9 @@ _ALL_TABLES: Sequence[Table] = (
     _smallest(),
     _tap_cache(),
     _learning_cost(),
+    _learned(),
+    _trials(),
+    _planner(),
     _quantization(),
 )
 

@@ -262,12 +262,18 @@ def _range(least: str, most: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Blank:
-    """Nothing: what a line has no figure of."""
+    """No figure: nothing was measured, on purpose.
+
+    Attributes:
+        header: Above it.
+        text: Words, if any.
+    """
 
     header: str
+    text: str = ""
 
     def fill(self, selection: Selection, line: Where) -> Filled:
-        return Filled(text="")
+        return Filled(text=self.text)
 
 
 @dataclass(frozen=True)
