@@ -33,7 +33,8 @@ __all__ = [
 
 # Paul Tol's "vibrant" and "muted" schemes: told apart with any colour vision, on any page.
 _BLUE, _CYAN, _TEAL, _ORANGE = "#0077bb", "#33bbee", "#009988", "#ee7733"
-_MAGENTA, _OLIVE, _GREY, _ROSE = "#ee3377", "#999933", "#888888", "#cc6677"
+_MAGENTA, _OLIVE, _GREY, _ROSE = "#ee3377", "#999933", "#888888", "#aa4499"
+_YELLOW, _OTHER = "#ddaa33", "#bbbbbb"
 _DPI = 200
 _FONT = 10.0
 _LABEL = 9.0
@@ -55,7 +56,7 @@ class Theme:
     faint: str
     paper: str
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Any:
         """Matplotlib's settings."""
         inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
         return {
@@ -127,6 +128,8 @@ OPERATORS: Mapping[str, Mark] = {
     "torch on dequantised weights": Mark(_MAGENTA),
     "torch": Mark(_TEAL),
     "Liger": Mark(_OLIVE),
+    "NumPy on dequantised weights": Mark(_YELLOW),
+    "exact products": Mark(_ROSE),
 }
 """Who computes an operation: our backends, and rivals."""
 
@@ -144,7 +147,7 @@ CATEGORIES: Mapping[str, str] = {
 
 def mark_of(name: str, marks: Mapping[str, Mark]) -> Mark:
     """The mark of ``name``; one that has none gets a colour that none of ``marks`` has."""
-    return marks.get(name, Mark(_ROSE, "P", ":"))
+    return marks.get(name, Mark(_OTHER, "P", ":"))
 
 
 def make(size: tuple[float, float], theme: Theme, draw: Callable[[Figure, Theme], None]) -> Figure:

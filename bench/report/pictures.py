@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
@@ -28,8 +30,8 @@ _ROWS = "Rows"
 _STEPS = re.compile(r"bytes: live (.+) at (\d+)/(\d+) of the step")
 _MARKERS = "osD^vPX<>*hp"
 _PEAK = "ops/peak"
-_ROOFS = ("FLOP/s", "bytes/s")
-_WORK = ("FLOP/byte", "FLOP/s")
+_FLOPS = "FLOP/s"
+_WORK = ("FLOP/byte", _FLOPS)
 
 
 class Plot(Protocol):
@@ -154,13 +156,16 @@ class AgainstContext:
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         drawn: dict[str, list[Row]] = defaultdict(list)
-        limits = set()
+        failed = []
         for row in self.rows():
             if row.metric == self.metric:
                 drawn[row.candidate].append(row)
             else:
-                limits.add(f"{row.median / 1e9:.3g}")
-        axes: Any = figure.add_axes((0.10, 0.12, 0.55, 0.80))
+                size = f"{row.median / 1e9:.3g} GB"
+                failed.append(f"{row.candidate} at {_context(row):,} tokens in {size}")
+        said = textwrap.wrap(f"Did not fit: {'; '.join(failed)}", 118) if failed else []
+        below = 0.036 * len(said)
+        axes: Any = figure.add_axes((0.10, 0.12 + below, 0.55, 0.80 - below))
         axes.set_title(self.title)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -177,10 +182,7 @@ class AgainstContext:
         axes.set_xlabel("context, tokens (batch 1)")
         axes.set_ylabel(self.label)
         plots.label_beside(axes, labels)
-        if limits:
-            size = " or ".join(sorted(limits, key=float))
-            said = f"a line ends where a run did not fit in {size} GB"
-            figure.text(0.99, 0.02, said, ha="right", fontsize=9)
+        figure.text(0.012, 0.012, "\n".join(said), fontsize=9)
 
 
 def _plain_log(axis: Any) -> None:
@@ -365,34 +367,39 @@ class Roofline:
         name: Of its block and files.
         title: Above it.
         source: Of its rows.
-        dtype: Of the operations, and of the roof; where the machine's was not measured in it, in
-            another.
+        model: Whose shapes the operations have.
+        dtype: Of the operations and of the roof; products in whole numbers have a roof of their
+            own.
         size: Inches.
     """
 
     name: str
     title: str
     source: Source
+    model: str
     dtype: str
-    size: tuple[float, float] = (8.0, 5.2)
+    size: tuple[float, float] = (8.0, 5.6)
 
     def rows(self) -> list[Row]:
         rows = self.source.select().rows
-        roofs = {}
-        for row in sorted(rows, key=lambda row: row.dtype == self.dtype):
-            if row.bench == _PEAK and row.metric in _ROOFS:
-                roofs[row.metric] = row
-        marks = [
+        works = [
             row
             for row in rows
-            if row.bench != _PEAK and row.dtype == self.dtype and row.metric in _WORK
+            if (row.model, row.dtype) == (self.model, self.dtype) and row.metric in _WORK
         ]
-        return [*roofs.values(), *marks] if len(roofs) == 2 and _operations(marks) else []
+        peaks = [row for row in rows if row.bench == _PEAK and row.metric.startswith("bytes/s")]
+        kinds = [self.dtype, *(["int8"] if any(_in_whole_numbers(row) for row in works) else [])]
+        peaks += [row for row in rows if row.bench == _PEAK and row.dtype in kinds]
+        enough = {(row.metric, row.dtype) for row in peaks} >= {
+            ("bytes/s", ""),
+            (_FLOPS, self.dtype),
+        }
+        return [*peaks, *works] if enough and _operations(works) else []
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         rows = self.rows()
-        roofs, marks = _roofs(rows), _operations(rows)
-        axes: Any = figure.add_axes((0.09, 0.11, 0.60, 0.82))
+        marks = _operations(rows)
+        axes: Any = figure.add_axes((0.10, 0.10, 0.55, 0.83))
         axes.set_title(self.title)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -405,31 +412,76 @@ class Roofline:
             by_work[op, x].append(y / 1e9)
         for (_, x), ys in by_work.items():
             axes.plot([x, x], [min(ys), max(ys)], color=theme.ink, lw=0.5, alpha=0.4, zorder=1)
-        _draw_roofs(axes, roofs, [x for _, _, x, _ in marks], theme)
+        self._draw_roofs(axes, rows, theme)
         _plain_log(axes.xaxis)
         _plain_log(axes.yaxis)
         axes.set_xlabel("arithmetic intensity, FLOP/byte")
         axes.set_ylabel("GFLOP/s")
         who = [_handle(BACKENDS.get(name, name), colour, "o") for name, colour in colours.items()]
         what = [_handle(op, theme.ink, marker) for op, marker in shapes.items()]
-        heading = {"loc": "upper left", "frameon": False, "fontsize": 9, "title_fontsize": 9}
-        first = axes.legend(handles=who, title="computed by", bbox_to_anchor=(1.01, 1.0), **heading)
-        first._legend_box.align = "left"
-        axes.add_artist(first)
-        down = 1.0 - 0.048 * (len(who) + 1.8)
-        second = axes.legend(
-            handles=what, title="operation", bbox_to_anchor=(1.01, down), **heading
-        )
-        second._legend_box.align = "left"
+        place = 1.0
+        for title, handles in (("computed by", who), ("operation", what)):
+            names = [str(handle.get_label()) for handle in handles]
+            legend = Legend(
+                axes, handles, names, title=title, bbox_to_anchor=(1.01, place), loc="upper left",
+                frameon=False, fontsize=9, title_fontsize=9, alignment="left",
+            )  # fmt: skip
+            axes.add_artist(legend)
+            place -= 0.045 * (len(handles) + 1.8)
+
+    def _draw_roofs(self, axes: Any, rows: Sequence[Row], theme: Theme) -> None:
+        peaks = [row for row in rows if row.bench == _PEAK]
+        flops = {row.dtype: row.median / 1e9 for row in peaks if row.metric == _FLOPS}
+        rates = {row.metric: row.median / 1e9 for row in peaks if row.metric.startswith("bytes/s")}
+        roof, rate = flops.pop(self.dtype), rates.pop("bytes/s")
+        xs = [x for _, _, x, _ in _operations(rows)]
+        left, right = min(roof / rate, *xs) / 2, max(roof / rate, *xs) * 2
+        axes.set_xlim(left, right)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, max(high, roof, *flops.values()) * 1.6)
+        further = max([rate, *rates.values()])
+        slopes = {"from memory": (rate, "-"), "from caches": (further, "--")}
+        for words, (speed, line) in slopes.items():
+            if (words, speed) != ("from caches", rate):
+                _slope(axes, speed, roof, f"{speed:,.0f} GB/s {words}", theme, line)
+        start = roof / further
+        for height, begin, line, kind in (
+            (roof, start, "-", ""),
+            *((value, value / further, "--", f" {name}") for name, value in flops.items()),
+        ):
+            axes.plot([begin, right], [height, height], color=theme.ink, lw=1.2, linestyle=line)
+            axes.annotate(
+                f"{height:,.0f} GFLOP/s{kind}", (right, height), (-2, 4),
+                textcoords="offset points", ha="right", fontsize=9,
+            )  # fmt: skip
+
+
+def _slope(axes: Any, rate: float, roof: float, words: str, theme: Theme, line: str) -> None:
+    """What memory allows, up to the roof, and words along it."""
+    (left, _), (low, _) = axes.get_xlim(), axes.get_ylim()
+    ends = [(left, left * rate), (roof / rate, roof)]
+    axes.plot(*zip(*ends, strict=True), color=theme.ink, lw=1.2, linestyle=line)
+    (x0, y0), (x1, y1) = axes.transData.transform(ends)
+    slope = math.atan2(y1 - y0, x1 - x0)
+    # The words begin where the line enters the axes.
+    begin = max(left, low / rate)
+    along, above = 18, 5
+    place = (
+        along * math.cos(slope) - above * math.sin(slope),
+        along * math.sin(slope) + above * math.cos(slope),
+    )
+    axes.annotate(
+        words, (begin, begin * rate), place, textcoords="offset points", fontsize=9,
+        rotation=math.degrees(slope), rotation_mode="anchor",
+    )  # fmt: skip
 
 
 def _handle(label: str, colour: str, marker: str) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
 
 
-def _roofs(rows: Sequence[Row]) -> dict[str, float]:
-    """The machine's FLOP/s and bytes/s."""
-    return {row.metric: row.median for row in rows if row.bench == _PEAK}
+def _in_whole_numbers(row: Row) -> bool:
+    return row.bench.endswith("int8")
 
 
 def _operations(rows: Sequence[Row]) -> list[tuple[str, str, float, float]]:
@@ -439,35 +491,7 @@ def _operations(rows: Sequence[Row]) -> list[tuple[str, str, float, float]]:
         if row.bench != _PEAK:
             found[row.bench, row.candidate, row.model, row.shape][row.metric] = row.median
     return [
-        (bench.removeprefix("ops/"), candidate, figures["FLOP/byte"], figures["FLOP/s"])
+        (bench.removeprefix("ops/"), candidate, figures["FLOP/byte"], figures[_FLOPS])
         for (bench, candidate, *_), figures in found.items()
         if figures.keys() >= set(_WORK)
     ]
-
-
-def _draw_roofs(
-    axes: Any, roofs: Mapping[str, float], intensities: Sequence[float], theme: Theme
-) -> None:
-    flops, rate = roofs["FLOP/s"] / 1e9, roofs["bytes/s"] / 1e9
-    ridge = flops / rate
-    left, right = min(ridge, *intensities) / 2, max(ridge, *intensities) * 2
-    axes.plot([left, ridge, right], [left * rate, flops, flops], color=theme.ink, lw=1.2)
-    axes.set_xlim(left, right)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, max(high, flops) * 1.6)
-    axes.annotate(
-        f"{flops:,.0f} GFLOP/s", (right, flops), (-2, 4), textcoords="offset points", ha="right",
-        fontsize=9,
-    )  # fmt: skip
-    # Along the slope, as it is on the page.
-    (x0, y0), (x1, y1) = axes.transData.transform([(left, left * rate), (ridge, flops)])
-    slope = math.atan2(y1 - y0, x1 - x0)
-    along, above = 18, 5
-    place = (
-        along * math.cos(slope) - above * math.sin(slope),
-        along * math.sin(slope) + above * math.cos(slope),
-    )
-    axes.annotate(
-        f"{rate:,.0f} GB/s from memory", (left, left * rate), place, textcoords="offset points",
-        rotation=math.degrees(slope), rotation_mode="anchor", fontsize=9,
-    )  # fmt: skip

@@ -18,10 +18,14 @@ __all__ = [
     "Machine",
     "Selection",
     "Source",
+    "Where",
     "provenance",
     "tokens",
     "tokens_per_second",
 ]
+
+Where = Mapping[str, str | tuple[str, ...]]
+"""Fields of :class:`bench.rows.Row`: the value that they have, or those of which they have one."""
 
 _GPUS = re.compile(r"NVIDIA|GeForce|Tesla|AMD (Instinct|Radeon)")
 
@@ -51,14 +55,20 @@ class Source:
     Attributes:
         file: Under ``bench/results/``.
         command: That measures them.
-        where: Fields that all of them have; ``evidence`` is "measured" if nothing else is said.
+        where: Fields that all of them have.
+        evidence: How they came to be.
         machine: The devices that are meant; rows of one of them are taken, see :meth:`select`.
+        everywhere: Whether all machines' rows go together: what was found depends on none.
+        read: Reads the file.
     """
 
     file: str
     command: str
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Where = field(default_factory=dict)
+    evidence: tuple[str, ...] = ("measured",)
     machine: Machine = PROCESSOR
+    everywhere: bool = False
+    read: Callable[[str], list[Row]] = results.read
 
     def select(self) -> Selection:
         """The rows, those of one machine together.
@@ -66,8 +76,10 @@ class Source:
         No table mixes machines: of several, the one with the most rows is taken, and the later of
         two with equally many.
         """
-        where = {"evidence": "measured", **self.where}
-        every = [row for row in results.read(self.file) if _matches(row, where)]
+        where = {**self.where, "evidence": self.evidence}
+        every = [row for row in self.read(self.file) if _matches(row, where)]
+        if self.everywhere:
+            return Selection(source=self, rows=every, elsewhere=[])
         count = Counter((row.device, row.threads) for row in every if self.machine(row.device))
         # Of equals, max takes the first: the last in the file comes first here.
         chosen = max(reversed(count), key=lambda machine: count[machine], default=("", 0))
@@ -92,11 +104,11 @@ class Selection:
     rows: Sequence[Row]
     elsewhere: Sequence[Row]
 
-    def all(self, where: Mapping[str, str], *, elsewhere: bool = False) -> list[Row]:
+    def all(self, where: Where, *, elsewhere: bool = False) -> list[Row]:
         """The rows with these fields.
 
         Args:
-            where: Values of fields of :class:`bench.rows.Row`.
+            where: See :data:`Where`.
             elsewhere: Whether another machine's rows do if this one has none.
         """
         found = [row for row in self.rows if _matches(row, where)]
@@ -104,7 +116,7 @@ class Selection:
             found = [row for row in self.elsewhere if _matches(row, where)]
         return found
 
-    def one(self, where: Mapping[str, str], *, elsewhere: bool = False) -> Row | None:
+    def one(self, where: Where, *, elsewhere: bool = False) -> Row | None:
         """The row with these fields, or ``None``; arguments as of :meth:`all`.
 
         Raises:
@@ -118,8 +130,11 @@ class Selection:
         return found[0] if found else None
 
 
-def _matches(row: Row, where: Mapping[str, str]) -> bool:
-    return all(getattr(row, name) == value for name, value in where.items())
+def _matches(row: Row, where: Where) -> bool:
+    return all(
+        getattr(row, name) in ((value,) if isinstance(value, str) else value)
+        for name, value in where.items()
+    )
 
 
 def tokens(row: Row) -> int:

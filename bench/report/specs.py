@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.learning import results as learning
 from bench.learning.studies import PEFT
 from bench.plots import METHODS
+from bench.report.learned import Mean, base_of, learned_rows, shape_of
 from bench.report.pictures import AgainstContext, Frontier, Plot, Roofline, Timeline
 from bench.report.select import (
     GPU,
@@ -17,19 +17,23 @@ from bench.report.select import (
     Machine,
     Selection,
     Source,
+    Where,
     tokens_per_second,
 )
 from bench.report.tables import (
     Against,
+    Blank,
+    Cell,
     Column,
     Filled,
     Line,
+    Range,
     Ratio,
     Table,
+    duration,
     gigabytes,
     megabytes,
     millions,
-    milliseconds,
     percent,
     seconds,
     whole,
@@ -38,6 +42,10 @@ from bench.rows import Row
 
 __all__ = ["PLOTS", "TABLES"]
 
+_STEP = "python -m bench.train_step --dtype float32 bfloat16 --answers 1 10"
+_SHAPE = "--model Qwen2.5-1.5B"
+_ACROSS_CONTEXTS = "python -m bench.train_step --context 512 1024 2048 4096 8192"
+_OPS = "python -m bench.ops"
 _SMOL = "SmolLM2-135M-Instruct"
 _QWEN = "Qwen2.5-1.5B, random weights"
 _QWEN_7B = "Qwen2.5-7B, random weights"
@@ -97,7 +105,7 @@ def _contexts(dtype: str) -> list[Table]:
     def contexts(kind: str, metric: str, text: object, note: str) -> Table:
         return Table(
             name=f"contexts-{kind}-{dtype}",
-            source=_steps(dtype),
+            source=_steps(dtype, _ACROSS_CONTEXTS),
             heads=(note,),
             lines=_named(_ACROSS),
             columns=tuple(
@@ -117,28 +125,33 @@ def _contexts(dtype: str) -> list[Table]:
     ]
 
 
-def _steps(dtype: str, **where: str) -> Source:
+def _steps(dtype: str, command: str, **where: str) -> Source:
     return Source(
         file="train_step.csv",
-        command="python -m bench.train_step",
+        command=command,
         where={"bench": "train_step", "model": _SMOL, "dtype": dtype, **where},
     )
 
 
 def _comparison() -> Table:
     """What the ladder takes against its rivals: each cell is a ratio."""
+    every, tenth = "loss on every token", "on one in ten"
 
-    def line(label: str, candidate: str, dtype: str, to: tuple[str, ...], metric: str) -> Line:
+    def speed(label: str, candidate: str, dtype: str, to: tuple[str, ...]) -> Line:
         cells = [
-            Ratio(header=header, to=to, metric=metric, where={"shape": shape})
-            for header, shape in (("loss on every token", _EVERY), ("on one in ten", _TENTH))
+            Ratio(header=header, to=to, where={"shape": shape})
+            for header, shape in ((every, _EVERY), (tenth, _TENTH))
         ]
         return Line((label,), {"candidate": candidate, "dtype": dtype}, cells)
+
+    def memory(label: str, dtype: str, to: str) -> Line:
+        ratio = Ratio(header=every, to=(to,), metric=_LIVE, where={"shape": _EVERY})
+        return Line((label,), {"candidate": "ladder", "dtype": dtype}, (ratio, Blank(header=tenth)))
 
     lines = []
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         lines += [
-            line(f"tokens/s, {short}: {of} against {to}", of, dtype, rivals, "seconds")
+            speed(f"tokens/s, {short}: {of} against {to}", of, dtype, rivals)
             for of, to, rivals in (
                 ("ladder", "the best QLoRA", _QLORA),
                 ("ladder", "plain LST", ("plain LST",)),
@@ -147,16 +160,13 @@ def _comparison() -> Table:
             )
         ]
         lines += [
-            line(f"bytes beyond the weights, {short}: {to} against ladder", "ladder", dtype,
-                 (to,), _LIVE)
+            memory(f"bytes beyond the weights, {short}: {to} against ladder", dtype, to)
             for to in ("QLoRA", "QLoRA, checkpointed", "plain LST")
-        ]  # fmt: skip
+        ]
     return Table(
         name="comparison",
         source=Source(
-            file="train_step.csv",
-            command="python -m bench.train_step",
-            where={"bench": "train_step", "model": _SMOL},
+            file="train_step.csv", command=_STEP, where={"bench": "train_step", "model": _SMOL}
         ),
         lines=lines,
         columns=lines[0].cells or (),
@@ -164,13 +174,33 @@ def _comparison() -> Table:
 
 
 def _ops(name: str, dtype: str, machine: Machine, command: str) -> Table:
+    """By operation and number of tokens, over all layers and models."""
+    return Table(
+        name=name,
+        source=Source(file="ops.csv", command=command, where={"dtype": dtype}, machine=machine),
+        heads=("operation", "tokens"),
+        lines=_op_groups,
+        columns=(
+            Range(
+                header="share of the bound",
+                metric="share of the bound",
+                text=percent,
+                optional=True,
+            ),
+            Against(header="times as fast as"),
+        ),
+    )
+
+
+def _every_op(name: str, dtype: str, machine: Machine, command: str) -> Table:
+    """By operation, model and shape."""
     return Table(
         name=name,
         source=Source(file="ops.csv", command=command, where={"dtype": dtype}, machine=machine),
         heads=("operation", "shape"),
         lines=_op_lines,
         columns=(
-            Column(header="ours", text=milliseconds),
+            Column(header="ours", text=duration),
             Column(
                 header="share of the bound",
                 metrics=("share of the bound",),
@@ -182,20 +212,44 @@ def _ops(name: str, dtype: str, machine: Machine, command: str) -> Table:
     )
 
 
-def _op_lines(rows: Sequence[Row]) -> list[Line]:
-    """A line an operation and shape, of the fastest of our backends that was measured."""
+def _works(rows: Sequence[Row]) -> dict[tuple[str, str, str], str]:
+    """Bench, model and shape of what was measured, and the fastest of our backends that was."""
     ours: dict[tuple[str, str, str], str] = {}
     order = ("reference", "cpu", "triton")
     for row in rows:
         if row.candidate in order and row.bench.startswith("ops/") and row.metric == "seconds":
             work = (row.bench, row.model, row.shape)
             ours[work] = max(ours.get(work, order[0]), row.candidate, key=order.index)
+    return ours
+
+
+def _op_lines(rows: Sequence[Row]) -> list[Line]:
+    """A line an operation and shape."""
     return [
         Line(
-            (bench.removeprefix("ops/"), f"{model}: {shape}" if model else shape),
+            (bench.removeprefix("ops/"), f"{model}: {shape}"),
             {"bench": bench, "model": model, "shape": shape, "candidate": candidate},
         )
-        for (bench, model, shape), candidate in ours.items()
+        for (bench, model, shape), candidate in _works(rows).items()
+    ]
+
+
+def _op_groups(rows: Sequence[Row]) -> list[Line]:
+    """A line an operation, direction and number of tokens."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for (bench, _, shape), candidate in _works(rows).items():
+        direction = re.search(r", backward|, loss and gradient", shape)
+        # A shape begins with the number of tokens; a whole weight's with its rows.
+        first = re.search(r" (\w+)=(\d+)", shape)
+        count = f"{int(first[2]):,}" if first and first[1] != "N" else ""
+        key = (bench, direction[0] if direction else "", count, candidate)
+        groups.setdefault(key, []).append(shape)
+    return [
+        Line(
+            (bench.removeprefix("ops/") + direction, count),
+            {"bench": bench, "shape": tuple(shapes), "candidate": candidate},
+        )
+        for (bench, direction, count, candidate), shapes in groups.items()
     ]
 
 
@@ -353,8 +407,8 @@ class _FromFiles:
 
     header: str = "times as fast"
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
-        name = line["candidate"]
+    def fill(self, selection: Selection, line: Where) -> Filled:
+        name = str(line["candidate"])
         ratio = Ratio(header=self.header, to=(f"{name}, taps computed",))
         return ratio.fill(selection, {**line, "candidate": f"{name}, taps from files"})
 
@@ -397,16 +451,158 @@ class _Trained:
 
     header: str = "trained"
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
-        method = line["candidate"].removesuffix(", recomputed").removesuffix(PEFT[len("qlora") :])
-        found = {
-            result.trained_parameters
-            for result in learning.read()
-            if (result.trial.method, result.trial.base) == (method, "calibrated")
-        }
-        if len(found) != 1:
+    def fill(self, selection: Selection, line: Where) -> Filled:
+        method = str(line["candidate"]).removesuffix(", recomputed")
+        method = "qlora" if method == PEFT else method  # their sizes are the same
+        rows = [
+            row
+            for row in learned_rows(_LEARNING.file)
+            if (row.candidate, row.model) == (method, base_of("calibrated"))
+            and row.metric == "parameters: trained"
+        ]
+        if len({row.median for row in rows}) != 1:
             return Filled(text="", missing=True)
-        return Filled(text=f"{found.pop() / 1e6:.2f} M")
+        return Filled(text=millions(rows[0]))
+
+
+_LEARNING = Source(
+    file="learning.csv",
+    command="python -m bench.learning run",
+    everywhere=True,
+    read=learned_rows,
+)
+
+
+def _learned() -> Table:
+    """What methods learn in a time: trials by their steps."""
+    recommended = "re-entry 1/2 + r16"
+    heads = {
+        "QLoRA": "qlora",
+        "ladder, PEFT's time": recommended,
+        "ladder, QLoRA's time on our kernels": recommended,
+        "ladder, equal tokens": recommended,
+        "plain ladder": "ladder",
+    }
+
+    def line(
+        label: str,
+        bench: str,
+        steps: Sequence[int | str],
+        metric: str,
+        text: Callable[[float], str],
+        besides: str = "",
+    ) -> Line:
+        """``steps`` has a text where there are no trials."""
+        cells: list[Cell] = [
+            Blank(header=head, text=count)
+            if isinstance(count, str)
+            else Mean(
+                header=head,
+                where={"candidate": method, "shape": shape_of(count)},
+                metric=metric,
+                text=text,
+                besides=besides,
+            )
+            for (head, method), count in zip(heads.items(), steps, strict=True)
+        ]
+        untrained = Mean(
+            header="untrained",
+            where={"candidate": "untrained", "shape": shape_of(0)},
+            metric=metric,
+            text=text,
+            seeds=False,
+        )
+        known = bench.startswith("learning/docstrings")
+        first = untrained if known else Blank(header="untrained")
+        return Line((label,), {"bench": bench, "model": base_of("calibrated")}, [first, *cells])
+
+    def share(value: float) -> str:
+        return f"{100 * value:.1f} %"
+
+    tasks = "learning/tasks/"
+    lines = [
+        line("docstrings, perplexity of the answers (lower is better)",
+             "learning/docstrings/docstrings", (40, 131, 56, 40, 107), "perplexity",
+             lambda value: f"{value:.1f}"),
+        line("WordNet glosses to 25 classes, accuracy", f"{tasks}nlu",
+             (60, "not run: ahead already", 84, 60, 161), "accuracy", share),
+        line("word problems with their steps, right answers of 100 (loss in nats a token)",
+             f"{tasks}maths", (60, 225, 84, 60, 161), "exact_match",
+             lambda value: f"{100 * value:.1f}", "loss"),
+        line("first wrong step of a solution, accuracy (always \"none\": 50 %)", f"{tasks}critic",
+             (60, "not run", 84, 60, 161), "accuracy", share),
+    ]  # fmt: skip
+    return Table(
+        name="learned",
+        source=_LEARNING,
+        heads=("held out",),
+        lines=lines,
+        columns=lines[0].cells or (),
+    )
+
+
+def _trials() -> Table:
+    """Every trial of the study, for prose to cite."""
+
+    def lines(rows: Sequence[Row]) -> list[Line]:
+        trials = dict.fromkeys((row.bench, row.model, row.candidate, row.shape) for row in rows)
+        return [
+            Line(
+                (bench.removeprefix("learning/"), model.rpartition(", ")[2], candidate, shape),
+                {"bench": bench, "model": model, "candidate": candidate, "shape": shape},
+            )
+            for bench, model, candidate, shape in trials
+        ]
+
+    texts: Mapping[str, Callable[[float], str]] = {
+        "perplexity": lambda value: f"{value:.2f}",
+        "loss": lambda value: f"{value:.3f}",
+        "accuracy": lambda value: f"{100 * value:.1f} %",
+        "exact_match": lambda value: f"{100 * value:.1f} %",
+        "steps": lambda value: f"{value:.1f}",
+    }
+    return Table(
+        name="trials",
+        source=_LEARNING,
+        heads=("study", "base", "method", "trained for"),
+        lines=lines,
+        columns=[
+            Mean(header=metric, metric=metric, text=text, seeds=False, optional=True)
+            for metric, text in texts.items()
+        ],
+    )
+
+
+def _planner() -> Table:
+    """What the planner says against what was counted."""
+    counted, planned = "counted", "planned"
+
+    def lines(rows: Sequence[Row]) -> list[Line]:
+        steps = dict.fromkeys((row.model, row.shape) for row in rows)
+        return [
+            Line((model, shape), {"model": model, "shape": shape, "candidate": counted})
+            for model, shape in steps
+        ]
+
+    def plan(header: str, candidate: str) -> Column:
+        return Column(
+            header=header, metrics=("bytes",), text=gigabytes, where={"candidate": candidate}
+        )
+
+    return Table(
+        name="planner",
+        source=Source(
+            file="planner.csv", command="python -m bench.planner", evidence=("modelled",)
+        ),
+        heads=("model", "step"),
+        lines=lines,
+        columns=(
+            plan("counted", counted),
+            plan("planned", planned),
+            plan("QLoRA, planned", "QLoRA, planned"),
+            plan("QLoRA with gradient checkpointing, planned", "QLoRA, checkpointing, planned"),
+        ),
+    )
 
 
 def _quantization() -> Table:
@@ -445,28 +641,32 @@ def _quantization() -> Table:
     )
 
 
-_STEP = "python -m bench.train_step"
-_OPS = "python -m bench.ops"
-
 _ALL_TABLES: Sequence[Table] = (
     _comparison(),
     _train_step("train-step-float32", _SMOL, "float32", PROCESSOR, _STEP),
     _train_step("train-step-bfloat16", _SMOL, "bfloat16", PROCESSOR, _STEP),
     _train_step("train-step-float32-avx2", _SMOL, "float32", HELD_TO_AVX2, f"{_STEP} --isa avx2"),
     _train_step("train-step-bfloat16-avx2", _SMOL, "bfloat16", HELD_TO_AVX2, f"{_STEP} --isa avx2"),
-    _train_step("train-step-1.5b-float32", _QWEN, "float32", PROCESSOR, _STEP),
-    _train_step("train-step-1.5b-bfloat16", _QWEN, "bfloat16", PROCESSOR, _STEP),
+    *(
+        _train_step(f"train-step-1.5b-{dtype}", _QWEN, dtype, PROCESSOR, f"{_STEP} {_SHAPE}")
+        for dtype in ("float32", "bfloat16")
+    ),
     *_contexts("float32"),
     *_contexts("bfloat16"),
-    _ops("ops-float32", "float32", PROCESSOR, _OPS),
-    _ops("ops-bfloat16", "bfloat16", PROCESSOR, _OPS),
-    _ops("ops-float32-avx2", "float32", HELD_TO_AVX2, f"{_OPS} --isa avx2"),
-    _ops("ops-bfloat16-avx2", "bfloat16", HELD_TO_AVX2, f"{_OPS} --isa avx2"),
+    *(
+        make(f"{kind}-{dtype}{suffix}", dtype, machine, _OPS + option)
+        for kind, make in (("ops", _ops), ("every-op", _every_op))
+        for machine, suffix, option in ((PROCESSOR, "", ""), (HELD_TO_AVX2, "-avx2", " --isa avx2"))
+        for dtype in ("float32", "bfloat16")
+    ),
     _gpu_step(),
     _gpu_memory(),
     _smallest(),
     _tap_cache(),
     _learning_cost(),
+    _learned(),
+    _trials(),
+    _planner(),
     _quantization(),
 )
 
@@ -477,7 +677,7 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         AgainstContext(
             name=f"memory-context-{dtype}",
             title=f"Memory of a training step beyond the weights ({about})",
-            source=_steps(dtype),
+            source=_steps(dtype, _ACROSS_CONTEXTS),
             methods=_ACROSS,
             metric=_LIVE,
             value=lambda row: row.median / 1e9,
@@ -486,7 +686,7 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         AgainstContext(
             name=f"speed-context-{dtype}",
             title=f"Speed of training, loss on every token ({about})",
-            source=_steps(dtype),
+            source=_steps(dtype, _ACROSS_CONTEXTS),
             methods=_ACROSS,
             metric="seconds",
             value=tokens_per_second,
@@ -495,14 +695,14 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         Frontier(
             name=f"frontier-{dtype}",
             title=f"Speed against memory, 2,048 tokens, loss on every token ({about})",
-            source=_steps(dtype, shape=_EVERY),
+            source=_steps(dtype, _STEP, shape=_EVERY),
         ),
         Timeline(
             name=f"timeline-{dtype}",
             title=f"What lives over one step of 2,048 tokens ({about})",
             source=Source(
                 file="timeline.csv",
-                command="python -m bench.train_step --timeline",
+                command="python -m bench.train_step --timeline ladder QLoRA",
                 where={
                     "bench": "train_step_timeline", "model": _SMOL, "dtype": dtype, "shape": _EVERY,
                 },
@@ -510,8 +710,9 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
         ),
         Roofline(
             name=f"roofline-{dtype}",
-            title=f"Operations under the processor's roof ({short})",
-            source=Source(file="ops.csv", command=_OPS),
+            title=f"Operations at Qwen2.5-7B's shapes under the processor's roof ({short})",
+            source=Source(file="ops.csv", command=_OPS, evidence=("measured", "modelled")),
+            model="Qwen2.5-7B",
             dtype=dtype,
         ),
     ]  # fmt: skip

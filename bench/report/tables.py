@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bench.report.select import Selection, Source, provenance
+from bench.report.select import Selection, Source, Where, provenance
 from bench.rows import Row, table
 from ladder_kernels.errors import ConfigError
 
@@ -15,16 +16,18 @@ __all__ = [
     "DID_NOT_FIT",
     "NOT_RUN",
     "Against",
+    "Blank",
     "Cell",
     "Column",
     "Filled",
     "Line",
+    "Range",
     "Ratio",
     "Table",
+    "duration",
     "gigabytes",
     "megabytes",
     "millions",
-    "milliseconds",
     "percent",
     "seconds",
     "times",
@@ -41,8 +44,9 @@ BACKENDS = {
     "cpu": "our native kernels",
     "triton": "our Triton kernels",
     "reference": "our reference",
+    "exact products": "our exact products",
 }
-"""What to call backends of this library."""
+"""What to call what this library computes."""
 
 Text = Callable[[Row], str]
 """What a cell says of a row."""
@@ -52,8 +56,12 @@ def seconds(row: Row) -> str:
     return f"{row.median:.2f} s"
 
 
-def milliseconds(row: Row) -> str:
-    return f"{row.median * 1e3:,.3g} ms" if row.median < 0.1 else f"{row.median * 1e3:,.0f} ms"
+def duration(row: Row) -> str:
+    """Three digits, in the unit that suits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if row.median >= size:
+            return f"{row.median / size:.3g} {unit}"
+    return f"{row.median * 1e6:.3g} µs"
 
 
 def megabytes(row: Row) -> str:
@@ -107,7 +115,7 @@ class Cell(Protocol):
         """Above the column, and what a citation calls it."""
         ...
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
+    def fill(self, selection: Selection, line: Where) -> Filled:
         """The text for a line, of which ``line`` are the fields that its rows have."""
         ...
 
@@ -130,15 +138,15 @@ class Column:
     header: str
     metrics: tuple[str, ...] = ("seconds",)
     text: Text
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Where = field(default_factory=dict)
     note: str = ""
     elsewhere: bool = False
     unit: str = ""
     optional: bool = False
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
+    def fill(self, selection: Selection, line: Where) -> Filled:
         fields = {**line, **self.where}
-        named = {**fields, "candidate": fields["candidate"] + self.note}
+        named = {**fields, "candidate": f"{fields['candidate']}{self.note}"}
         found = [
             selection.one({**named, "metric": metric}, elsewhere=self.elsewhere)
             for metric in self.metrics
@@ -150,7 +158,7 @@ class Column:
         return Filled(text=" / ".join(map(self.text, rows)) + self.unit, rows=rows)
 
 
-def _failure(selection: Selection, fields: Mapping[str, str]) -> Filled | None:
+def _failure(selection: Selection, fields: Where) -> Filled | None:
     """Why a candidate has no figures: its run did not fit, or could not be."""
     about = {name: value for name, value in fields.items() if name != "metric"}
     for metric, text in (
@@ -172,24 +180,21 @@ class Ratio:
         to: The other candidates; those that have no row are left out.
         metric: Seconds or bytes.
         where: Fields of the rows, which go before those of the line.
-        mine: Fields of the line's own row only, which go before all.
         note: What stands behind the candidates' names.
     """
 
     header: str
     to: tuple[str, ...]
     metric: str = "seconds"
-    where: Mapping[str, str] = field(default_factory=dict)
-    mine: Mapping[str, str] = field(default_factory=dict)
+    where: Where = field(default_factory=dict)
     note: str = ""
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
+    def fill(self, selection: Selection, line: Where) -> Filled:
         fields = {**line, **self.where, "metric": self.metric}
-        own = {**fields, **self.mine}
-        mine = selection.one({**own, "candidate": own["candidate"] + self.note})
+        mine = selection.one({**fields, "candidate": f"{fields['candidate']}{self.note}"})
         found = (selection.one({**fields, "candidate": name + self.note}) for name in self.to)
         others = [row for row in found if row is not None]
-        if mine is None and _failure(selection, {**line, **self.where, **self.mine}):
+        if mine is None and _failure(selection, {**line, **self.where}):
             return Filled(text="")
         if mine is None or not others:
             return _MISSING
@@ -201,25 +206,74 @@ class Ratio:
 class Against:
     """All who did the same work as the line's candidate, and how many times as long each took.
 
+    Where the line is of several works: the least of these ratios and the largest.
+
     Attributes:
         header: Above it.
     """
 
     header: str
 
-    def fill(self, selection: Selection, line: Mapping[str, str]) -> Filled:
-        fields = {**line, "metric": "seconds"}
-        mine = selection.one(fields)
-        if mine is None:
-            return _failure(selection, line) or _MISSING
-        same = {name: value for name, value in fields.items() if name != "candidate"}
-        others = [row for row in selection.all(same) if row.candidate != mine.candidate]
-        others.sort(key=lambda row: row.median)
-        text = ", ".join(
-            f"{times(row.median / mine.median)} {BACKENDS.get(row.candidate, row.candidate)}"
-            for row in others
-        )
-        return Filled(text=text, rows=[mine, *others])
+    def fill(self, selection: Selection, line: Where) -> Filled:
+        fields = {name: value for name, value in line.items() if name != "candidate"}
+        rows = selection.all({**fields, "metric": "seconds"})
+        mine = {(row.model, row.shape): row for row in rows if row.candidate == line["candidate"]}
+        if not mine:
+            return _MISSING
+        ratios: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            own = mine.get((row.model, row.shape))
+            if own is not None and row.candidate != own.candidate:
+                ratios[row.candidate].append(row.median / own.median)
+        parts = [
+            f"{_range(times(min(found)), times(max(found)))} {BACKENDS.get(name, name)}"
+            for name, found in sorted(ratios.items(), key=lambda pair: min(pair[1]))
+        ]
+        return Filled(text=", ".join(parts), rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The least and the largest figure of the line's candidate.
+
+    Attributes:
+        header: Above it.
+        metric: Of the figures.
+        text: Of a row.
+        optional: Whether not all lines have such rows.
+    """
+
+    header: str
+    metric: str
+    text: Text
+    optional: bool = False
+
+    def fill(self, selection: Selection, line: Where) -> Filled:
+        rows = selection.all({**line, "metric": self.metric})
+        if not rows:
+            return Filled(text="") if self.optional else _MISSING
+        least, most = (best(rows, key=lambda row: row.median) for best in (min, max))
+        return Filled(text=_range(self.text(least), self.text(most)), rows=rows)
+
+
+def _range(least: str, most: str) -> str:
+    return least if least == most else f"{least} to {most}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blank:
+    """No figure: nothing was measured, on purpose.
+
+    Attributes:
+        header: Above it.
+        text: Words, if any.
+    """
+
+    header: str
+    text: str = ""
+
+    def fill(self, selection: Selection, line: Where) -> Filled:
+        return Filled(text=self.text)
 
 
 @dataclass(frozen=True)
@@ -233,7 +287,7 @@ class Line:
     """
 
     labels: tuple[str, ...]
-    where: Mapping[str, str]
+    where: Where
     cells: Sequence[Cell] | None = None
 
     @property

@@ -41,7 +41,7 @@ def test_for_real_and_traced(config, untied):
 def test_anonymous_memory_is_sampled():
     samples = memory.AnonymousMemory()
     big = torch.ones(100_000_000, dtype=torch.uint8)
-    held = memory._status("RssAnon")
+    held = memory.process_bytes("RssAnon")
     assert held > big.nbytes
     with samples.sampled():
         # The first sample comes before anything else does.

@@ -21,7 +21,7 @@ from bench.report.__main__ import main
 from bench.report.blocks import Block, blocks, rewritten
 from bench.report.select import HELD_TO_AVX2, PROCESSOR, Source, provenance, tokens
 from bench.report.specs import PLOTS, TABLES
-from bench.report.tables import Column, Line, Table, seconds, times
+from bench.report.tables import Column, Line, Table, duration, seconds, times
 from ladder_kernels.errors import ConfigError
 from tests.bench.reported_rows import CPU, SMOL, op_rows, row, step_rows, timeline_rows
 
@@ -74,8 +74,8 @@ def test_train_step(written):
     assert found["QLoRA, checkpointed"][3] == "0.80x"
     text = TABLES["train-step-float32"].text()
     assert text.endswith(
-        f"<sub>Measured by `python -m bench.train_step` on {CPU}, 2 threads; "
-        "commit abc1234567.</sub>"
+        "<sub>Measured by `python -m bench.train_step --dtype float32 bfloat16 --answers 1 10` on "
+        f"{CPU}, 2 threads; commit abc1234567.</sub>"
     )
 
 
@@ -89,7 +89,7 @@ def test_best_of_the_rivals(written):
 def test_comparison(written):
     found = lines_of("comparison")
     assert found["bytes beyond the weights, fp32: QLoRA, checkpointed against ladder"] == [
-        "8.8x", "8.8x",
+        "8.8x", "",
     ]  # fmt: skip
     assert found["tokens/s, fp32: ladder, kept taps against the best QLoRA"][0] == "16.0x"
     assert found["tokens/s, bf16: ladder against the best QLoRA"] == ["", ""]
@@ -115,21 +115,33 @@ def test_missing_rows_are_empty_and_said(written):
     ]
     assert lines_of("train-step-bfloat16")["ladder"] == [""] * 8
     assert len(TABLES["train-step-bfloat16"].missing()) == len(METHODS)
-    assert (
-        TABLES["train-step-bfloat16"]
-        .text()
-        .endswith("<sub>No rows yet: `python -m bench.train_step` measures them.</sub>")
-    )
+    last = TABLES["train-step-bfloat16"].text().splitlines()[-1]
+    assert last.startswith("<sub>No rows yet: `python -m bench.train_step")
+    assert last.endswith("` measures them.</sub>")
 
 
 def test_operations(written):
     found = TABLES["ops-float32"].text()
+    dense = "torch on dequantised weights"
     assert (
-        "| nf4_linear | Qwen2.5-7B: M=2048 N=3584 | 37.9 ms | 88 % | "
-        "2.0x torch on dequantised weights, 2.1x bitsandbytes, 2.9x our reference |" in found
+        f"| nf4_linear, backward | 2,048 | 75 % to 80 % | 2.1x to 2.2x {dense} |\n"
+        f"| nf4_linear | 1 | 61 % to 65 % | 6.8x to 7.2x {dense}, 33.9x to 36.1x bitsandbytes |\n"
+        "| nf4_linear_int8 | 2,048 | 179 % to 190 % | "
+        "2.3x to 2.4x our exact products, 9.9x to 10.6x our reference |" in found
     )
+    assert "| nf4_quantize |  |  | 5.0x bitsandbytes |" in found
     assert "ops/peak" not in found
     assert not TABLES["ops-float32"].missing()
+
+
+def test_every_operation(written):
+    found = TABLES["every-op-float32"].text()
+    assert (
+        "| nf4_linear | Qwen2.5-7B: mlp.down M=2048 N=3584 | 37.9 ms | 88 % | "
+        "2.0x NumPy on dequantised weights, 2.2x torch on dequantised weights, "
+        "2.3x bitsandbytes, 3.3x our reference |" in found
+    )
+    assert not TABLES["every-op-float32"].missing()
 
 
 def test_machines_are_not_mixed(results):
@@ -159,7 +171,7 @@ def test_what_was_not_measured_is_no_measurement(results):
     modelled = row("tiny", "a", "seconds", 1.0, evidence="modelled")
     rows.write([modelled], "tiny.csv")
     assert "| a |  |" in tiny().text()
-    assert "Modelled by" in tiny(where={"evidence": "modelled"}).text()
+    assert "Modelled by" in tiny(evidence=("modelled",)).text()
 
 
 def test_two_rows_for_one_cell(results):
@@ -170,6 +182,8 @@ def test_two_rows_for_one_cell(results):
 
 
 def test_texts_of_figures():
+    took = [row("x", "a", "seconds", value) for value in (12.34, 0.01234, 0.00001234)]
+    assert [duration(each) for each in took] == ["12.3 s", "12.3 ms", "12.3 µs"]
     assert [times(x) for x in (0.8, 1.0, 1.49, 1.5, 12.34, 123.4)] == [
         "0.80x", "1.00x", "1.49x", "1.5x", "12.3x", "123x",
     ]  # fmt: skip
@@ -409,7 +423,7 @@ def test_lines_hold_what_was_measured(written):
     assert ladder.get_ydata()[2] == pytest.approx(0.160)
     assert list(qlora.get_xdata()) == [512, 1024, 2048, 4096]
     said = [text.get_text() for text in figure.texts]
-    assert said == ["a line ends where a run did not fit in 20 GB"]
+    assert said == ["Did not fit: QLoRA at 8,192 tokens in 20 GB"]
 
 
 def test_frontier_goes_through_what_nothing_beats(written):
@@ -430,13 +444,23 @@ def test_magnified_only_what_is_small(written):
     assert labels == ["weights", "taps", "activations", "ladder", "optimizer", "transients"]
 
 
-def test_a_roof_measured_in_another_dtype_does(written):
-    rows.write([each for each in op_rows("bfloat16") if each.bench != "ops/peak"], "ops.csv")
-    assert {each.dtype for each in PLOTS["roofline-bfloat16"].rows()} == {"float32", "bfloat16"}
-    own = row("ops/peak", "processor", "FLOP/s", 2e12, dtype="bfloat16", model="", shape="")
-    rows.write([own], "ops.csv")
-    assert own.median in [each.median for each in PLOTS["roofline-bfloat16"].rows()]
-    assert 3e11 not in [each.median for each in PLOTS["roofline-bfloat16"].rows()]
+def test_a_roof_for_each_kind_of_product_and_of_memory(written):
+    figure = plots.make((8, 5.6), THEMES[0], PLOTS["roofline-float32"].draw)
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert said == [
+        "40 GB/s from memory", "300 GB/s from caches", "300 GFLOP/s", "900 GFLOP/s int8",
+    ]  # fmt: skip
+    exact = [each for each in op_rows("bfloat16") if not each.bench.endswith("int8")]
+    rows.write([each for each in exact if "KiB" not in each.metric], "ops.csv")
+    drawn = PLOTS["roofline-bfloat16"].rows()
+    assert {each.median for each in drawn if each.bench == "ops/peak"} == {4e10, 3e11, 6e11}
+    assert {each.model for each in drawn if each.bench != "ops/peak"} == {"Qwen2.5-7B"}
+    assert "Measured and modelled by" in pictures.block(PLOTS["roofline-bfloat16"], "x")
+
+
+def test_no_roof_no_plot(results):
+    rows.write([each for each in op_rows() if each.metric != "bytes/s"], "ops.csv")
+    assert PLOTS["roofline-float32"].rows() == []
 
 
 def test_no_rows_no_plot(results):
