@@ -26,6 +26,7 @@ __all__ = [
     "report",
     "seconds",
     "table",
+    "triples",
     "versions",
     "write",
 ]
@@ -109,6 +110,20 @@ def cosines(measured: Mapping[str, float], *packages: str, **about: str) -> list
     return _measured("cosine", figures, *packages, **about)
 
 
+def triples(
+    figures: Mapping[str, tuple[float, float, float]], metric: str, *packages: str, **about: str
+) -> list[Row]:
+    """Rows of three figures each by candidate; further arguments as of :func:`seconds`.
+
+    Args:
+        figures: ``low``, ``median`` and ``high`` of :class:`Row`.
+        metric: What they are.
+        packages: As of :func:`seconds`.
+        about: As of :func:`seconds`.
+    """
+    return _measured(metric, figures, *packages, **about)
+
+
 def _measured(
     metric: str,
     figures: Mapping[str, tuple[float, float, float]],
@@ -141,19 +156,20 @@ def report(rows: Iterable[Row], file: str, header: list[str], lines: list[list[s
     print(f"\nrows in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
-def write(rows: Iterable[Row], file: str) -> Path:
+def write(rows: Iterable[Row], file: str, folder: Path | None = None) -> Path:
     """Put rows into a results file; those already there with the same key are replaced.
 
     Args:
         rows: What to write.
-        file: Name under :data:`RESULTS`.
+        file: Its name.
+        folder: Where it is; default :data:`RESULTS`.
 
     Returns:
         The file's path.
     """
-    path = RESULTS / file
-    kept = {row.key(): row for row in (*read(file), *rows)}
-    RESULTS.mkdir(exist_ok=True)
+    path = (folder or RESULTS) / file
+    kept = {row.key(): row for row in (*read(file, folder), *rows)}
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".new")
     with beside.open("w", newline="", encoding="utf-8") as new:
         writer = csv.DictWriter(new, [field.name for field in fields(Row)], lineterminator="\n")
@@ -167,9 +183,9 @@ def write(rows: Iterable[Row], file: str) -> Path:
     return path
 
 
-def read(file: str) -> list[Row]:
-    """The rows of a results file; none if there is no such file."""
-    path = RESULTS / file
+def read(file: str, folder: Path | None = None) -> list[Row]:
+    """The rows of a results file; none if there is no such file. Arguments as of :func:`write`."""
+    path = (folder or RESULTS) / file
     if not path.exists():
         return []
     found = []
