@@ -25,7 +25,7 @@ _FLAGS = {
 }
 # From what fits into a core's own cache to what fits into none.
 _SIZES = tuple(1 << power for power in range(18, 30))
-_READ_AT_LEAST = 1 << 28
+_READ_AT_LEAST = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)

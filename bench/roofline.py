@@ -1,8 +1,8 @@
 """The least time that an operation could take: its multiply-adds and its bytes at the peak rates.
 
 Peaks are measured on the device itself, on a CPU by small loops (``peak.cpp``), on a GPU by a large
-matrix product of each kind and a copy. Machines drift, so they are measured before and after the
-operations, and the best of all tries counts. On a CPU the rate of reading depends on where the
+matrix product of each kind and a copy. Machines drift, so they are measured before, among and after
+the operations, and the best of all tries counts. On a CPU the rate of reading depends on where the
 bytes lie: an operation's are held against that of as many bytes (or somewhat fewer) as all
 candidates of a turn go through, read again and again, which come from caches if they fit.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,9 +69,10 @@ class Roofline:
     def measure(self) -> None:
         """Measure once more."""
         found = self._measure()
-        for known, more in ((self.flops, found.flops), (self.bytes_read, found.bytes_read)):
-            for key, rate in more.items():
-                known[key] = max(rate, known.get(key, 0.0))
+        for kind, rate in found.flops.items():
+            self.flops[kind] = max(rate, self.flops.get(kind, 0.0))
+        for size, rate in found.bytes_read.items():
+            self.bytes_read[size] = max(rate, self.bytes_read.get(size, 0.0))
 
     @property
     def memory(self) -> float:
@@ -105,12 +107,13 @@ def gpu_peak(device: torch.device) -> Peak:
     from triton.testing import do_bench
 
     def rate(work: float, call: Callable[[], object]) -> float:
-        return work / (do_bench(call, return_mode="min") / 1e3)
+        milliseconds: Any = do_bench(call, return_mode="min")
+        return work / (milliseconds / 1e3)
 
     flops = {}
     for kind in KINDS:
         a = torch.ones(_PRODUCT, _PRODUCT, device=device, dtype=getattr(torch, kind))
-        product = torch._int_mm if kind == "int8" else torch.mm
+        product = torch.ops.aten._int_mm if kind == "int8" else torch.mm
         try:
             flops[kind] = rate(2 * _PRODUCT**3, lambda a=a, mm=product: mm(a, a))
         except RuntimeError:  # the build or the device has none

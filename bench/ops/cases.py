@@ -120,7 +120,7 @@ class Case:
     def shrunk(self) -> Case:
         """The same call with small sizes, whole blocks of weights and whole heads."""
         small = {
-            "M": 33,
+            "M": 70,
             "S": 33,
             "T": 33,
             "N": 128,

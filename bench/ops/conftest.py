@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "candidate"), pairs, ids=names)
 
 
-def _session(config: pytest.Config) -> Session:
+def _session(config: Any) -> Session:
     from bench.ops.session import Session
 
     if _SESSION not in config.stash:

@@ -62,6 +62,14 @@ Sizes = Mapping[str, int]
 """By the letters of the shapes, such as ``{"M": 2048, "N": 576, "K": 1536}``."""
 
 
+def _as_made(made: Any) -> Any:
+    return made
+
+
+def _none(sizes: Sizes) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """A case's tensors and what works on them.
@@ -91,7 +99,7 @@ class Work:
     mean: bool = False
     plain_of_rivals: Callable[..., Any] | None = None
     same_bits: bool = False
-    numbers: Callable[[Any], Any] = staticmethod(lambda made: made)
+    numbers: Callable[[Any], Any] = _as_made
 
 
 class Fresh:
@@ -148,7 +156,7 @@ class Definition:
     functions: Mapping[str, str]
     flops: Mapping[str, Callable[[Sizes], float]]
     numbers: Mapping[str, Callable[[Sizes], float]]
-    weights: Callable[[Sizes], float] = staticmethod(lambda s: 0.0)
+    weights: Callable[[Sizes], float] = _none
     rivals: tuple[str, ...] = ()
     rows: str = "M"
     kind: str | None = None

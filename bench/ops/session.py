@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ FILE = "ops.csv"
 
 _PACKAGES = ("torch", "bitsandbytes", "numpy", "triton", "liger-kernel")
 _OURS = ("triton", "cpu", "reference")
+_PEAKS_EVERY = 60.0
 
 
 class Clock:
@@ -89,6 +91,7 @@ class Session:
     at_least: int
     roofline: Roofline
     findings: list[Finding] = field(default_factory=list)
+    _next_peaks: float = 0.0
     _of: Case | None = None
     _times: dict[str, list[float]] = field(default_factory=dict)
     _failures: dict[str, Exception] = field(default_factory=dict)
@@ -114,6 +117,7 @@ class Session:
             RuntimeError: The candidate's result is wrong; it was not timed.
         """
         if case != self._of:
+            self._measure_peaks()
             self._of, self._times, self._failures = case, {}, {}
             trial = Trial(case, self.device)
             trial.run(together, seconds=self.seconds, at_least=self.at_least)
@@ -121,6 +125,12 @@ class Session:
         if candidate in self._failures:
             raise self._failures[candidate]
         return self._times[candidate]
+
+    def _measure_peaks(self) -> None:
+        """Before the first case, and now and then: the machine may do less at times."""
+        if time.monotonic() > self._next_peaks:
+            self.roofline.measure()
+            self._next_peaks = time.monotonic() + _PEAKS_EVERY
 
     def note(self, case: Case, candidate: str, seconds: Sequence[float]) -> None:
         """Keep what pytest-benchmark has of a candidate; measure its memory if that is wanted."""
@@ -165,11 +175,11 @@ class Session:
         if ideal.flops:
             rates = (ideal.flops / high, ideal.flops / median, ideal.flops / low)
             found += [
-                row("FLOP/byte", (ideal.intensity,) * 3, "modelled"),
+                row("FLOP/byte", _once(ideal.intensity), "modelled"),
                 row("FLOP/s", rates),
             ]
         if finding.memory is not None:
-            found.append(row("bytes: beyond inputs and results", (float(finding.memory),) * 3))
+            found.append(row("bytes: beyond inputs and results", _once(finding.memory)))
         return found
 
     def _peaks(self) -> list[results.Row]:
@@ -177,7 +187,7 @@ class Session:
 
         def row(metric: str, rate: float, shape: str = "", dtype: str = "") -> results.Row:
             about = {"model": "", "shape": shape, "dtype": dtype}
-            return self._row("ops/peak", name, metric, (rate,) * 3, "measured", **about)
+            return self._row("ops/peak", name, metric, _once(rate), "measured", **about)
 
         roofline = self.roofline
         found = [row("FLOP/s", roofline.flops[kind], dtype=kind) for kind in KINDS]
@@ -195,7 +205,7 @@ class Session:
         metric: str,
         figures: tuple[float, float, float],
         evidence: str,
-        **about: str,
+        **about: Any,
     ) -> results.Row:
         low, median, high = figures
         return results.Row(
@@ -206,8 +216,8 @@ class Session:
             median=median,
             high=high,
             evidence=evidence,
-            **self._run,
             **about,
+            **self._run,
         )
 
     @functools.cached_property
@@ -257,6 +267,11 @@ class Session:
                 )
             lines.append(line)
         return results.table(header, lines)
+
+
+def _once(figure: float) -> tuple[float, float, float]:
+    """A figure that has no quantiles."""
+    return figure, figure, figure
 
 
 def _is_installed(package: str) -> bool:

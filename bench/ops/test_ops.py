@@ -24,8 +24,6 @@ CLOCK = Clock()
 def test_op(
     benchmark: Any, session: Session, case: Case, candidate: str, together: list[str]
 ) -> None:
-    if benchmark.enabled and not session.findings:
-        session.roofline.measure()
     seconds = session.times(case, candidate, together)
     ideal = case.ideal
     benchmark.group = str(case)

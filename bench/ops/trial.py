@@ -211,5 +211,5 @@ def _within(name: str, found: list[Tensor], expected: list[tuple[Tensor, Tensor]
 def _on_gpu(call: Callable[[], object], seconds: float) -> list[float]:
     from triton.testing import do_bench
 
-    milliseconds = do_bench(call, rep=round(250 * seconds), return_mode="all")
+    milliseconds: Any = do_bench(call, rep=round(250 * seconds), return_mode="all")
     return [each / 1e3 for each in milliseconds]
