@@ -10,10 +10,7 @@ import subprocess
 import sys
 
 BENCHES = (
-    "bench.nf4_linear",
-    "bench.nf4_linear_int8",
-    "bench.linear_cross_entropy",
-    "bench.nf4_quantize",
+    "bench.ops",
     "bench.train_step",
     "bench.tap_cache",
     "bench.gpu_step",

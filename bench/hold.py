@@ -1,21 +1,27 @@
 """Holding processes to an older instruction set, to measure what older processors would do.
 
-PyTorch, oneDNN, MKL and this library take it from the environment when they start, so it is for
-processes to come. The machine code of bitsandbytes' own library and of NumPy is not held down.
+PyTorch, oneDNN, MKL, OpenBLAS and this library take it from the environment when they start, so it
+is for processes to come. The machine code of bitsandbytes' own library is not held down.
 """
 
 from __future__ import annotations
 
-__all__ = ["held", "held_suffix"]
+__all__ = ["ISAS", "held", "held_suffix"]
 
-_VARIABLES = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "LADDER_KERNELS_CPU_ISA": "avx2",
-    }
+_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "LADDER_KERNELS_CPU_ISA": "avx2",
 }
+_VARIABLES = {
+    "avx2": _AVX2,
+    "avx2_vnni": _AVX2 | {"LADDER_KERNELS_CPU_ISA": "avx2_vnni"},
+}
+
+ISAS = tuple(_VARIABLES)
+"""What processes can be held to; "avx2_vnni" is AVX2 with the 256-bit form of VNNI, ours alone."""
 
 
 def held(isa: str | None) -> dict[str, str]:
@@ -25,4 +31,4 @@ def held(isa: str | None) -> dict[str, str]:
 
 def held_suffix(isa: str | None) -> str:
     """What the device's name in a row ends with."""
-    return "" if isa is None else f", held to {isa.upper()}"
+    return "" if isa is None else f", held to {isa.upper().replace('_', ' with ')}"

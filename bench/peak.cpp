@@ -1,6 +1,11 @@
-// What this processor can do at most: fused multiply-adds a second, and bytes read a second.
-#include <pthread.h>
+// What this processor can do at most: multiply-adds a second, and bytes read a second.
 #include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include <chrono>
 #include <thread>
@@ -34,22 +39,92 @@ constexpr int kChains = 12;  // more than latency times throughput
 #define LK_KEEP(value) asm volatile("" : "+w"(value))
 #endif
 
-double fma_thread(int64_t steps) {
-  Floats sums[kChains];
-  Floats factor = {};
-  factor += 0.999f;
+// Each kind of multiply-add: what sums are, how many multiply-adds a step makes, and the step.
+
+struct Float32 {
+  typedef Floats Sum;
+  static constexpr int kMultiplyAdds = kWidth;
+  static Sum step(Sum sum, Sum factor) { return sum * factor + factor; }
+};
+
+// 16-bit floats in pairs, into float32.
+#if defined(__AVX512BF16__)
+#define LK_BFLOAT16 1
+struct BFloat16 {
+  typedef __m512 Sum;
+  static constexpr int kMultiplyAdds = 32;
+  static Sum step(Sum sum, Sum factor) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)factor, (__m512bh)factor);
+  }
+};
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define LK_BFLOAT16 1
+struct BFloat16 {
+  typedef float32x4_t Sum;
+  static constexpr int kMultiplyAdds = 8;
+  static Sum step(Sum sum, Sum factor) {
+    const bfloat16x8_t pairs = vreinterpretq_bf16_f32(factor);
+    return vbfdotq_f32(sum, pairs, pairs);
+  }
+};
+#endif
+
+// 8-bit whole numbers in fours, into int32.
+#if defined(__AVX512VNNI__)
+#define LK_INT8 1
+struct Int8 {
+  typedef __m512i Sum;
+  static constexpr int kMultiplyAdds = 64;
+  static Sum step(Sum sum, Sum factor) { return _mm512_dpbusd_epi32(sum, factor, factor); }
+};
+#elif defined(__AVXVNNI__)
+#define LK_INT8 1
+struct Int8 {
+  typedef __m256i Sum;
+  static constexpr int kMultiplyAdds = 32;
+  static Sum step(Sum sum, Sum factor) { return _mm256_dpbusd_avx_epi32(sum, factor, factor); }
+};
+#elif defined(__AVX2__)
+#define LK_INT8 1
+struct Int8 {
+  typedef __m256i Sum;
+  static constexpr int kMultiplyAdds = 32;
+  static Sum step(Sum sum, Sum factor) {
+    __m256i pairs = _mm256_maddubs_epi16(factor, factor);
+    LK_KEEP(pairs);  // a step of its own each time
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, factor));
+  }
+};
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define LK_INT8 1
+struct Int8 {
+  typedef int32x4_t Sum;
+  static constexpr int kMultiplyAdds = 16;
+  static Sum step(Sum sum, Sum factor) {
+    const int8x16_t fours = vreinterpretq_s8_s32(factor);
+    return vdotq_s32(sum, fours, fours);
+  }
+};
+#endif
+
+template <class Kind>
+double multiply_add(int64_t steps) {
+  typename Kind::Sum sums[kChains];
+  typename Kind::Sum factor = {};
+  factor += 1;
+  LK_KEEP(factor);
 #pragma GCC unroll 12
   for (int c = 0; c < kChains; ++c) sums[c] = factor;
   for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
-      sums[c] = sums[c] * factor + factor;
+      sums[c] = Kind::step(sums[c], factor);
       LK_KEEP(sums[c]);
     }
   }
-  float total = 0;
+  double total = 0;
 #pragma GCC unroll 12
-  for (int c = 0; c < kChains; ++c) total += sums[c][0];
+  for (int c = 0; c < kChains; ++c) total += double(sums[c][0]);
   return total;
 }
 
@@ -78,19 +153,45 @@ double best_of(int threads, int times, Work work) {
 
 volatile double sink;
 
-}  // namespace
-
-// Floating point operations (two for each multiply-add) a second, best of several tries.
-extern "C" double peak_flops(int threads) {
+template <class Kind>
+double rate(int threads) {
   const int64_t steps = 4'000'000;
-  const double took = best_of(threads, 9, [&](int) { sink = fma_thread(steps); });
-  return 2.0 * kWidth * kChains * steps * threads / took;
+  const double took = best_of(threads, 9, [&](int) { sink = multiply_add<Kind>(steps); });
+  return 2.0 * Kind::kMultiplyAdds * kChains * steps * threads / took;
 }
 
-// Bytes read a second from `bytes` bytes at `data`, best of several tries.
-extern "C" double peak_read(const char* data, int64_t bytes, int threads) {
+}  // namespace
+
+// Operations (two for each multiply-add) a second, best of several tries; 0 where the processor has
+// no instruction for it.
+extern "C" double peak_float32(int threads) { return rate<Float32>(threads); }
+
+extern "C" double peak_bfloat16(int threads) {
+#if defined(LK_BFLOAT16)
+  return rate<BFloat16>(threads);
+#else
+  return 0 * threads;
+#endif
+}
+
+extern "C" double peak_int8(int threads) {
+#if defined(LK_INT8)
+  return rate<Int8>(threads);
+#else
+  return 0 * threads;
+#endif
+}
+
+// Bytes read a second from `bytes` bytes at `data`, again and again, best of several tries. Each
+// try reads `passes` times.
+extern "C" double peak_read(const char* data, int64_t bytes, int64_t passes, int threads) {
   const double took = best_of(threads, 9, [&](int i) {
-    sink = double(read_thread(data + bytes / threads * i, data + bytes / threads * (i + 1)));
+    uint64_t total = 0;
+    for (int64_t p = 0; p < passes; ++p) {
+      total ^= read_thread(data + bytes / threads * i, data + bytes / threads * (i + 1));
+      asm volatile("" : "+r"(total) : : "memory");
+    }
+    sink = double(total);
   });
-  return bytes / took;
+  return double(bytes) * double(passes) / took;
 }

@@ -29,12 +29,12 @@ _STD = 0.02
 _ROWS = 4096
 
 
-def fill_nf4(weight: NF4Weight, generator: torch.Generator, *, scale: float = 0.05) -> None:
+def fill_nf4(weight: NF4Weight, generator: torch.Generator | None, *, scale: float = 0.05) -> None:
     """Put random numbers into a weight: any bytes are one.
 
     Args:
         weight: Overwritten.
-        generator: On its device.
+        generator: On its device; ``None`` for PyTorch's own.
         scale: About that of its blocks.
     """
     weight.packed.random_(0, 256, generator=generator)

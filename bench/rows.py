@@ -153,19 +153,20 @@ def report(rows: Iterable[Row], file: str, header: list[str], lines: list[list[s
     print(f"\nrows in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
-def write(rows: Iterable[Row], file: str) -> Path:
+def write(rows: Iterable[Row], file: str, folder: Path | None = None) -> Path:
     """Put rows into a results file; those already there with the same key are replaced.
 
     Args:
         rows: What to write.
-        file: Name under :data:`RESULTS`.
+        file: Its name.
+        folder: Where it is; default :data:`RESULTS`.
 
     Returns:
         The file's path.
     """
-    path = RESULTS / file
-    kept = {row.key(): row for row in (*read(file), *rows)}
-    RESULTS.mkdir(exist_ok=True)
+    path = (folder or RESULTS) / file
+    kept = {row.key(): row for row in (*read(file, folder), *rows)}
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_suffix(".new")
     with beside.open("w", newline="", encoding="utf-8") as new:
         writer = csv.DictWriter(new, [field.name for field in fields(Row)], lineterminator="\n")
@@ -179,9 +180,9 @@ def write(rows: Iterable[Row], file: str) -> Path:
     return path
 
 
-def read(file: str) -> list[Row]:
-    """The rows of a results file; none if there is no such file."""
-    path = RESULTS / file
+def read(file: str, folder: Path | None = None) -> list[Row]:
+    """The rows of a results file; none if there is no such file. Arguments as of :func:`write`."""
+    path = (folder or RESULTS) / file
     if not path.exists():
         return []
     found = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Quantiles", "alternate", "each", "verified"]
+__all__ = ["Quantiles", "alternate", "each", "turns", "verified"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,14 @@ def alternate(
     """
     for call in candidates.values():
         call()
+    spent = turns(candidates, seconds=seconds, at_least=at_least)
+    return {name: _quantiles(times) for name, times in spent.items()}
+
+
+def turns(
+    candidates: Mapping[str, Callable[[], object]], *, seconds: float, at_least: int
+) -> dict[str, list[float]]:
+    """As :func:`alternate`, without calls beforehand; returns the seconds of each call, by name."""
     spent: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
     turn = 0
@@ -54,7 +62,7 @@ def alternate(
             call()
             spent[name].append(time.perf_counter() - start)
         turn += 1
-    return {name: _quantiles(times) for name, times in spent.items()}
+    return spent
 
 
 def each(call: Callable[[], object], device: torch.device, *, calls: int) -> Quantiles:

@@ -38,7 +38,7 @@ import psutil
 import torch
 
 from bench import rows as results
-from bench.hold import held, held_suffix
+from bench.hold import ISAS, held, held_suffix
 from bench.methods import METHODS
 from bench.smallest import random_base
 from bench.train_worker import MOMENTS, Found, Task
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="timed in each turn")
     parser.add_argument("--no-memory", action="store_true", help="measure seconds alone")
     parser.add_argument("--timeline", nargs="*", default=[], help="methods whose step is drawn")
-    parser.add_argument("--isa", choices=["avx2"], help="hold all kernels to it")
+    parser.add_argument("--isa", choices=ISAS, help="hold all kernels to it")
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     failed = 0

@@ -29,7 +29,7 @@ def nf4_linear_int8(
     centroids of NF4; products are summed exactly within a block, blocks in float32, and bias and
     residual are added before the only rounding (``reference.py`` has the formulas). On activations
     of a language model the result is within 1 to 2.5 % of :func:`nf4_linear`'s, in the Frobenius
-    norm (``bench/nf4_linear_int8.py`` measures it), and takes less time on CPUs and on GPUs whose
+    norm (``bench/ops/int8_error.py`` measures it), and takes less time on CPUs and on GPUs whose
     tensor cores are much faster in int8 than in bfloat16 (GeForce): it is for passes that carry no
     gradient. A row with NaN or infinity gives NaN. Under autocast the floating inputs are
     cast to its dtype.
