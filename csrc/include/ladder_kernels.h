@@ -200,13 +200,30 @@ LK_API lk_status lk_linear_cross_entropy(const lk_nf4_matrix* nf4_head,
  *   k, v      [batch, key_heads, T, head_dim] of dtype, T >= S; heads is a multiple of key_heads
  *   first     [batch, S], each in [0, T - S + s], or NULL for 0
  *   out       [batch, S, heads, head_dim] of dtype, contiguous; may not overlap the inputs
+ *   lse       [batch, heads, S], the logarithm of each query's sum of exponentials; NULL if it is
+ *             not wanted
  */
 LK_API lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t heads,
                                      int64_t key_heads, int64_t S, int64_t T, int64_t head_dim,
                                      const void* q, const lk_strides* q_strides, const void* k,
                                      const lk_strides* k_strides, const void* v,
                                      const lk_strides* v_strides, const int64_t* first, float scale,
-                                     void* out, int32_t threads);
+                                     void* out, float* lse, int32_t threads);
+
+/*
+ * The gradients of lk_ranged_attention's inputs, which are added to what dq, dk and dv hold.
+ *
+ *   grad      [batch, S, heads, head_dim] of dtype, contiguous: the gradient of out
+ *   out, lse  the results of lk_ranged_attention
+ *   dq        [batch, S, heads, head_dim] of float32, contiguous
+ *   dk, dv    [batch, T, key_heads, head_dim] of float32, contiguous
+ */
+LK_API lk_status lk_ranged_attention_backward(
+    lk_dtype dtype, int64_t batch, int64_t heads, int64_t key_heads, int64_t S, int64_t T,
+    int64_t head_dim, const void* q, const lk_strides* q_strides, const void* k,
+    const lk_strides* k_strides, const void* v, const lk_strides* v_strides, const int64_t* first,
+    float scale, const void* grad, const void* out, const float* lse, float* dq, float* dk,
+    float* dv, int32_t threads);
 
 /*
  * Quantise a flat tensor to NF4, to the bits of bitsandbytes on a CPU.

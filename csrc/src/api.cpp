@@ -123,6 +123,17 @@ bool is_valid(lk_dtype dtype, int64_t T, int64_t d, const lk_rung_tap* taps, int
   return true;
 }
 
+bool is_valid(const lk::AttentionInputs& inputs, int32_t threads) {
+  if (!is_valid(inputs.dtype) || inputs.batch < 0 || threads < 1) return false;
+  if (inputs.S < 0 || inputs.T < inputs.S || inputs.head_dim < 1) return false;
+  if (inputs.heads < 1 || inputs.key_heads < 1 || inputs.heads % inputs.key_heads != 0) {
+    return false;
+  }
+  if (inputs.heads / inputs.key_heads > 512) return false;  // more than a task can take
+  if (inputs.batch == 0 || inputs.S == 0) return true;
+  return inputs.q != nullptr && inputs.k != nullptr && inputs.v != nullptr;
+}
+
 // What sums in whole numbers need: blocks that begin with rows.
 bool has_whole_blocks(const lk_nf4_matrix* weight) {
   return weight->blocksize >= 32 && weight->cols % weight->blocksize == 0;
@@ -254,16 +265,34 @@ lk_status lk_ranged_attention(lk_dtype dtype, int64_t batch, int64_t heads, int6
                               const lk_strides* q_strides, const void* k,
                               const lk_strides* k_strides, const void* v,
                               const lk_strides* v_strides, const int64_t* first, float scale,
-                              void* out, int32_t threads) {
-  if (!is_valid(dtype) || batch < 0 || S < 0 || T < S || threads < 1) return LK_BAD_ARGUMENT;
-  if (heads < 1 || key_heads < 1 || heads % key_heads != 0 || head_dim < 1) return LK_BAD_ARGUMENT;
-  if (heads / key_heads > 512) return LK_BAD_ARGUMENT;  // more than a task can take
+                              void* out, float* lse, int32_t threads) {
   if (q_strides == nullptr || k_strides == nullptr || v_strides == nullptr) return LK_BAD_ARGUMENT;
+  const lk::AttentionInputs inputs{dtype,      batch,    heads,      key_heads,  S,
+                                   T,          head_dim, q,          *q_strides, k,
+                                   *k_strides, v,        *v_strides, first,      scale};
+  if (!is_valid(inputs, threads)) return LK_BAD_ARGUMENT;
   if (batch == 0 || S == 0) return LK_OK;
-  if (q == nullptr || k == nullptr || v == nullptr || out == nullptr) return LK_BAD_ARGUMENT;
-  return chosen().load()->ranged_attention({dtype, batch, heads, key_heads, S, T, head_dim, q,
-                                            *q_strides, k, *k_strides, v, *v_strides, first, scale,
-                                            out, threads});
+  if (out == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->ranged_attention({inputs, out, lse, threads});
+}
+
+lk_status lk_ranged_attention_backward(lk_dtype dtype, int64_t batch, int64_t heads,
+                                       int64_t key_heads, int64_t S, int64_t T, int64_t head_dim,
+                                       const void* q, const lk_strides* q_strides, const void* k,
+                                       const lk_strides* k_strides, const void* v,
+                                       const lk_strides* v_strides, const int64_t* first,
+                                       float scale, const void* grad, const void* out,
+                                       const float* lse, float* dq, float* dk, float* dv,
+                                       int32_t threads) {
+  if (q_strides == nullptr || k_strides == nullptr || v_strides == nullptr) return LK_BAD_ARGUMENT;
+  const lk::AttentionInputs inputs{dtype,      batch,    heads,      key_heads,  S,
+                                   T,          head_dim, q,          *q_strides, k,
+                                   *k_strides, v,        *v_strides, first,      scale};
+  if (!is_valid(inputs, threads)) return LK_BAD_ARGUMENT;
+  if (batch == 0 || S == 0) return LK_OK;
+  if (grad == nullptr || out == nullptr || lse == nullptr) return LK_BAD_ARGUMENT;
+  if (dq == nullptr || dk == nullptr || dv == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->ranged_attention_backward({inputs, grad, out, lse, dq, dk, dv, threads});
 }
 
 lk_status lk_nf4_quantize(lk_dtype dtype, const void* weight, int64_t count, int64_t blocksize,

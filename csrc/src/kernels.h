@@ -59,7 +59,7 @@ struct CrossEntropyCall {
   int32_t threads;
 };
 
-struct AttentionCall {
+struct AttentionInputs {
   lk_dtype dtype;
   int64_t batch, heads, key_heads, S, T, head_dim;
   const void* q;
@@ -70,7 +70,19 @@ struct AttentionCall {
   lk_strides v_strides;
   const int64_t* first;
   float scale;
+};
+
+struct AttentionCall : AttentionInputs {
   void* out;
+  float* lse;  // or nullptr
+  int32_t threads;
+};
+
+struct AttentionBackwardCall : AttentionInputs {
+  const void* grad;
+  const void* out;
+  const float* lse;
+  float *dq, *dk, *dv;
   int32_t threads;
 };
 
@@ -180,6 +192,7 @@ struct Kernels {
   lk_status (*nf4_swiglu_int8)(const SwiGLUCall&);
   lk_status (*linear_cross_entropy)(const CrossEntropyCall&);
   lk_status (*ranged_attention)(const AttentionCall&);
+  lk_status (*ranged_attention_backward)(const AttentionBackwardCall&);
   lk_status (*nf4_quantize)(const QuantizeCall&);
   lk_status (*nf4_quantize_absmax)(const QuantizeAbsmaxCall&);
   lk_status (*nf4_dequantize)(const DequantizeCall&);

@@ -128,6 +128,14 @@ void parallel_for(int64_t count, int32_t threads, Task task, void* context) {
   loop.drain();
 }
 
+void wait_for(const int64_t& counter, int64_t value) {
+  while (__atomic_load_n(&counter, __ATOMIC_ACQUIRE) < value) std::this_thread::yield();
+}
+
+void announce(int64_t& counter, int64_t value) {
+  __atomic_store_n(&counter, value, __ATOMIC_RELEASE);
+}
+
 void set_parallel_region(ParallelRegion region) {
   prepare();
   host.store(region, std::memory_order_release);

@@ -503,9 +503,6 @@ class _Step:
         k = self.tokens * element * model.key_width
         mlp = self.tokens * element * model.mlp_width
         attention = q + 2 * k + q + FLOAT32 * self.tokens * model.heads
-        if not self.on_gpu and element != FLOAT32:
-            # On a CPU, attention that has gradients is float32, and its result is rounded.
-            attention = FLOAT32 // element * attention + q
         if model.architecture.qk_norm:
             attention += q + k
         attention += self._mask(element)

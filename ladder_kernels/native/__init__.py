@@ -221,6 +221,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
         getattr(loaded, name).restype = ctypes.c_char_p
     linear = (matrix, number, size, pointer, size, pointer, pointer, size, pointer, number)
     swiglu = (matrix, matrix, number, size, pointer, size, pointer, number)
+    attention = (
+        *(number, size, size, size, size, size, size),
+        *(pointer, strides, pointer, strides, pointer, strides, pointer, ctypes.c_float),
+    )
     signatures = {
         "lk_set_isa": (ctypes.c_char_p,),
         "lk_nf4_linear": linear,
@@ -230,11 +234,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(matrix, ctypes.POINTER(DenseMatrix), number, pointer, size, pointer, pointer, size),
             *(ctypes.c_float, ctypes.c_float, pointer, pointer, pointer, size, number),
         ),
-        "lk_ranged_attention": (
-            *(number, size, size, size, size, size, size),
-            *(pointer, strides, pointer, strides, pointer, strides, pointer),
-            *(ctypes.c_float, pointer, number),
-        ),
+        "lk_ranged_attention": (*attention, pointer, pointer, number),
+        "lk_ranged_attention_backward": (*attention, *[pointer] * 6, number),
         "lk_nf4_quantize": (number, pointer, size, size, pointer, pointer, number),
         "lk_nf4_quantize_absmax": (
             *(pointer, size, ctypes.c_float, pointer, pointer, pointer, number),

@@ -13,9 +13,9 @@ import torch
 
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.ops import ranged_attention
-from ladder_kernels.ops.ranged_attention.reference import attend_under_mask
 from ladder_kernels.ops.ranged_attention.reference import (
-    ranged_attention as differentiable_attention,
+    attend_under_mask,
+    differentiable_attention,
 )
 
 __all__ = ["SequenceLayout", "attend"]
@@ -169,7 +169,9 @@ class SequenceLayout:
         if window is not None and window >= self.total:
             window = None
         if window not in self._ranges:
-            self._ranges[window] = self._find_first_seen(window)
+            # Kept for gradients too, which a tensor of inference mode cannot be.
+            with torch.inference_mode(False):
+                self._ranges[window] = self._find_first_seen(window)
         return self._ranges[window]
 
     def _find_first_seen(self, window: int | None) -> tuple[bool, torch.Tensor | None]:
@@ -282,11 +284,6 @@ def attend(
     first = None if first is None else first[:, rows]
     if dropped:
         first = None if first is None else (first - dropped).clamp_(min=0)
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if trained and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # PyTorch's backward pass of attention on a CPU is slower in half precision than in float32.
-        wide = differentiable_attention(q.float(), k.float(), v.float(), first, scale)
-        return wide.to(q.dtype)
-    if trained or q.device.type != "cpu" or layout.length == 1:
+    if q.device.type != "cpu" or layout.length == 1:
         return differentiable_attention(q, k, v, first, scale)
     return ranged_attention(q, k, v, first, scale)

@@ -21,6 +21,7 @@ OPERATORS = [
     "nf4_swiglu_int8",
     "nf4_swiglu_backward",
     "ranged_attention",
+    "ranged_attention_backward",
     "rms_norm",
     "add_rms_norm",
     "rms_norm_backward",
@@ -76,9 +77,15 @@ def samples(operator, dtype, grad):
     elif operator == "nf4_swiglu_backward":
         yield c(2, 3, 8), c(2, 3, 6), *flat(8, 6), *flat(8, 6, False)
     elif operator == "ranged_attention":
-        yield c(2, 4, 3, 8), c(2, 2, 5, 8), c(2, 2, 5, 8), torch.zeros(2, 3).long(), 0.5
-        yield c(2, 3, 4, 8).transpose(1, 2), c(2, 1, 3, 8), c(2, 1, 3, 8), None, 0.5
-        yield c(1, 4, 0, 8), c(1, 2, 5, 8), c(1, 2, 5, 8), None, 0.5
+        yield t(2, 4, 3, 8), t(2, 2, 5, 8), t(2, 2, 5, 8), torch.zeros(2, 3).long(), 0.5, grad
+        turned = c(2, 3, 4, 8).transpose(1, 2).requires_grad_(grad)
+        yield turned, t(2, 1, 3, 8), c(2, 1, 3, 8), None, 0.5, grad
+        yield t(1, 4, 0, 8), t(1, 2, 5, 8), t(1, 2, 5, 8), None, 0.5, grad
+    elif operator == "ranged_attention_backward":
+        q, k = c(2, 3, 4, 8).transpose(1, 2), c(2, 2, 5, 8)
+        out, lse = torch.ops.ladder_kernels.ranged_attention(q, k, k, None, 0.5, True)
+        yield c(2, 3, 32), q, k, k, None, 0.5, out, lse
+        yield c(3, 2, 32).transpose(0, 1), q, k, k, torch.zeros(2, 3).long(), 0.5, out, lse
     elif operator == "rms_norm":
         yield t(2, 3, 6), t(6), 1e-6
         yield t(0, 6), None, 1e-6
