@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from bench import plots, rows
+from bench import methods, plots, rows
 from bench.plots import METHODS, OPERATORS, THEMES
 from bench.report import pictures
 from bench.report.__main__ import main
@@ -250,9 +250,10 @@ Last words about {SMOL}.
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(monkeypatch, tmp_path):
     path = tmp_path / "PAGE.md"
     path.write_text(PAGE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     return path
 
 
@@ -351,7 +352,7 @@ def test_list_and_show(written, capsys):
     assert main(["--show", "none"]) == 2
 
 
-def test_the_readme_is_as_the_rows_are(capsys):
+def test_the_pages_are_as_the_rows_are(capsys):
     assert main(["--check"]) == 0, capsys.readouterr()
 
 
@@ -491,6 +492,7 @@ def test_no_rows_no_plot(results):
 
 
 def test_every_method_looks_different():
+    assert METHODS.keys() == methods.METHODS.keys()
     assert len({(mark.colour, mark.marker) for mark in METHODS.values()}) == len(METHODS)
     assert len({mark.colour for mark in OPERATORS.values()}) == len(OPERATORS)
 
