@@ -112,13 +112,14 @@ def test_not_run_is_no_figure(written):
 def test_missing_rows_are_empty_and_said(written):
     assert TABLES["train-step-float32"].missing() == [
         "table train-step-float32: train_step.csv has no row for QLoRA, Liger loss: "
-        "tokens/s, loss on 1 in 10, against QLoRA, 1 in 10."
+        "tokens/s, loss on 1 in 10; against QLoRA, 1 in 10."
     ]
     assert lines_of("train-step-bfloat16")["ladder"] == [""] * 8
     assert len(TABLES["train-step-bfloat16"].missing()) == len(METHODS)
     last = TABLES["train-step-bfloat16"].text().splitlines()[-1]
     assert last.startswith("<sub>No rows yet: `python -m bench.train_step")
     assert last.endswith("` measures them.</sub>")
+    assert TABLES["ops-bfloat16"].missing() == ["table ops-bfloat16: ops.csv has no rows for it."]
 
 
 def test_operations(written):
