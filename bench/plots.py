@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 __all__ = [
@@ -244,6 +246,7 @@ def label_beside(axes: Any, labels: Sequence[Label]) -> None:
 
     Axes' limits and place are those of the end: call this last, and leave the room.
     """
+    axes.autoscale_view()
     height = axes.get_window_extent().height / axes.figure.dpi * 72
     gap = 1.35 * _LABEL / height
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -287,9 +290,7 @@ def _spread(wanted: Sequence[float], gap: float) -> list[float]:
     return places
 
 
-def label_points(
-    axes: Any, labels: Sequence[Label], avoid: Sequence[tuple[float, float]] = ()
-) -> None:
+def label_points(axes: Any, labels: Sequence[Label], avoid: Sequence[Line2D] = ()) -> None:
     """Write names beside points, where they cover neither points, nor names, nor the edge.
 
     Axes' limits and place are those of the end: call this last.
@@ -297,16 +298,22 @@ def label_points(
     Args:
         axes: Where.
         labels: The names.
-        avoid: Corners of a line that they had better not cover, in the units of the data.
+        avoid: Lines that they had better not cover.
     """
+    axes.autoscale_view()
     renderer = axes.figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer)
     unit = axes.figure.dpi / 72
     dots = [axes.transData.transform((label.x, label.y)) for label in labels]
     taken = [Bbox.from_bounds(x - 5 * unit, y - 5 * unit, 10 * unit, 10 * unit) for x, y in dots]
-    corners = [axes.transData.transform(corner) for corner in avoid]
-    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-        taken.append(Bbox([(min(x0, x1), min(y0, y1)), (max(x0, x1), max(y0, y1))]).padded(unit))
+    for line in avoid:
+        ends = axes.transData.transform(line.get_xydata())
+        for start, end in itertools.pairwise(ends):
+            # A slanted line is a row of small boxes.
+            pieces = np.linspace(start, end, 1 + max(1, round(np.ptp([start, end], 0).min() / 8)))
+            for one, other in itertools.pairwise(pieces):
+                low, high = np.minimum(one, other), np.maximum(one, other)
+                taken.append(Bbox([low, high]).padded(unit))
     for label, dot in sorted(zip(labels, dots, strict=True), key=lambda pair: -pair[1][1]):
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset points", fontsize=_LABEL
@@ -339,7 +346,7 @@ def _free_place(
     """Where a text may stand: the free place nearest to its point, or the one covering least."""
     width, height = size
     least, best = math.inf, Bbox.null()
-    for distance, angle in itertools.product((8, 16, 26, 40, 60, 85, 115), range(0, 360, 15)):
+    for distance, angle in itertools.product((8, 14, 20, 28, 40, 60, 85, 115), range(0, 360, 15)):
         across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         x = dot[0] + distance * unit * across - (width if across < -0.2 else 0)
         y = dot[1] + distance * unit * up - height / 2
@@ -347,7 +354,7 @@ def _free_place(
             x -= width / 2
         place = Bbox.from_bounds(x, y, width, height)
         outside = width * height - _overlap(place, inside)
-        covered = round(outside + sum(_overlap(place, other) for other in taken))
+        covered = round(9 * outside + sum(_overlap(place, other) for other in taken))
         if covered < least:
             least, best = covered, place
         if covered == 0:

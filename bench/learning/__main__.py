@@ -2,7 +2,7 @@
 
 python -m bench.learning run                  every trial that has no row yet
 python -m bench.learning run tasks            those of one study
-python -m bench.learning report               tables and plots of the rows that there are
+python -m bench.learning report               tables of what there is (bench.report draws it)
 """
 
 from __future__ import annotations

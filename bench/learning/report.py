@@ -1,4 +1,4 @@
-"""Tables and plots of the study's results, beside them in ``bench/results/``."""
+"""Tables of the study's results, beside them in ``bench/results/``, and what its plots show."""
 
 from __future__ import annotations
 
@@ -9,17 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.learning.compute import LAYERS, operations
 from bench.learning.results import Result
 from bench.learning.studies import COST, PEFT, QLORA_STEPS, SIZES
+from bench.plots import METHODS, Label, Mark, Theme, label_points, mark_of, plain_number
 from bench.rows import RESULTS
 
-__all__ = ["markdown", "scaling", "slope", "write"]
+__all__ = ["draw_frontier", "draw_scaling", "frontier", "markdown", "scaling", "slope", "write"]
 
 _METRIC = {"docstrings": "perplexity", "nlu": "accuracy", "critic": "accuracy"}
 _MATHS = "exact_match"
 _BACKBONES = {base: f"{layers} layers" for base, layers in LAYERS.items()}
+_TICKS = (1, 2, 2.5, 3, 3.5, 4, 5, 7)
+_UNITS = {"trained parameters": (1e6, "millions"), "floating-point operations": (1e12, "10¹²")}
+# Methods of the study by the names that other plots give them.
+_NAMES = {
+    PEFT: ("QLoRA by PEFT on bitsandbytes", METHODS["QLoRA"]),
+    "qlora": ("QLoRA on our kernels", METHODS["QLoRA on our kernels"]),
+    "ladder": ("plain ladder", METHODS["ladder"]),
+    "re-entry 1/2 + r16": (
+        "recommended ladder: re-entry 1/2 + r16", METHODS["recommended ladder"],
+    ),
+    "re-entry 3/4 + r16": ("re-entry 3/4 + r16", METHODS["adapters on all layers"]),
+    "re-entry 1/2": ("re-entry 1/2", METHODS["plain LST"]),
+    "re-entry 1/4": ("re-entry 1/4", METHODS["plain QST"]),
+}  # fmt: skip
+_QLORA, _LADDER = METHODS["QLoRA on our kernels"].colour, METHODS["recommended ladder"].colour
+# Of the lines of :func:`scaling`, in their order.
+_MARKS = [Mark(colour, marker, line) for marker, line in (("o", "-"), ("s", "--"))
+          for colour in (_QLORA, _LADDER)]  # fmt: skip
 _AXES: Mapping[str, Callable[[Result], float]] = {
     "trained parameters": lambda result: float(result.trained_parameters),
     "floating-point operations": operations,
@@ -27,15 +48,13 @@ _AXES: Mapping[str, Callable[[Result], float]] = {
 
 
 def write(results: Sequence[Result], folder: Path = RESULTS) -> None:
-    """Write ``learning.md`` and the plots of what there are results for.
+    """Write ``learning.md``; ``bench.report`` draws the plots.
 
     Args:
         results: Of :func:`bench.learning.results.read`.
         folder: Where to.
     """
     (folder / "learning.md").write_text(markdown(results), encoding="utf-8")
-    _plot_frontier(results, folder / "learning_frontier.png")
-    _plot_scaling(results, folder / "learning_scaling.png")
 
 
 def metric_of(task: str) -> str:
@@ -117,25 +136,8 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return found, error
 
 
-def _axes(title: str, across: Sequence[str], y: str) -> tuple[Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        1, len(across), figsize=(7.5 * len(across), 4.8), layout="constrained", squeeze=False
-    )
-    for axes, x in zip(panels[0], across, strict=True):
-        axes.set_title(title)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        axes.grid(alpha=0.3)
-    return figure, panels[0]
-
-
-def _plot_frontier(results: Sequence[Result], path: Path) -> None:
-    """Perplexity of docstrings against time, a line a method."""
+def frontier(results: Sequence[Result]) -> dict[str, list[tuple[float, float]]]:
+    """Time, in steps of QLoRA, and mean perplexity of docstrings, by method; least time first."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for group in _groups(
         r
@@ -149,17 +151,24 @@ def _plot_frontier(results: Sequence[Result], path: Path) -> None:
             lines[trial.method].append((time, mean))
             if trial.method == "qlora":
                 lines[PEFT].append((trial.steps * COST[PEFT] / COST["qlora"], mean))
-    if not lines:
-        return
-    figure, (axes,) = _axes(
-        "Docstrings: what training time buys",
-        ["time, in steps of QLoRA on the same kernels"],
-        "held-out perplexity of the answers",
-    )
-    for method, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    return {method: sorted(points) for method, points in lines.items()}
+
+
+def draw_frontier(results: Sequence[Result], figure: Figure, theme: Theme) -> None:
+    """Draw perplexity against time, a line a method, into a figure."""
+    axes = figure.add_axes((0.09, 0.12, 0.88, 0.80))
+    labels = []
+    for method, points in frontier(results).items():
+        name, mark = _NAMES.get(method, (method, mark_of(method, METHODS)))
+        axes.plot(
+            *zip(*points, strict=True), color=mark.colour, marker=mark.marker, linestyle=mark.line
+        )
+        labels.append(Label(*points[0], name, mark.colour))
+    axes.set_title("Docstrings: what training time buys")
+    axes.set_xlabel("time, in steps of QLoRA on the same kernels")
+    axes.set_ylabel("held-out perplexity of the answers")
+    axes.margins(0.09)
+    label_points(axes, labels, axes.lines)
 
 
 def scaling(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -197,22 +206,28 @@ def _slopes(results: Sequence[Result]) -> list[str]:
     return [*parts, ""]
 
 
-def _plot_scaling(results: Sequence[Result], path: Path) -> None:
-    """Loss against trained parameters and against compute, with fitted slopes, a line a method."""
-    drawn = scaling(results)
-    if not drawn:
-        return
-    figure, panels = _axes("Docstrings: sizes at equal tokens", list(_AXES), "loss, nats")
-    for axes, axis in zip(panels, _AXES, strict=True):
-        for label, sizes in drawn.items():
+def draw_scaling(results: Sequence[Result], figure: Figure, theme: Theme) -> None:
+    """Draw loss against trained parameters and against compute, with fitted slopes."""
+    panels = figure.subplots(1, len(_AXES), sharey=True)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.92, bottom=0.38, wspace=0.08)
+    for axes, (axis, (unit, words)) in zip(panels, _UNITS.items(), strict=True):
+        for (label, sizes), mark in zip(scaling(results).items(), _MARKS, strict=False):
             points = _against(axis, sizes)
             found, error = slope(points)
             axes.loglog(
-                *zip(*points, strict=True),
-                marker="o",
+                *zip(*((x / unit, loss) for x, loss in points), strict=True),
+                color=mark.colour,
+                marker=mark.marker,
+                linestyle=mark.line,
                 label=f"{label}: slope {found:.3f} ± {error:.3f}",
             )
+        axes.set_xlabel(f"{axis}, {words}")
+        axes.xaxis.set_major_formatter(plain_number)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=_TICKS))
         axes.yaxis.set_major_formatter("{x:.1f}")
-        axes.yaxis.set_minor_formatter("{x:.1f}")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
+    panels[1].xaxis.set_major_locator(LogLocator(subs=_TICKS))
+    panels[0].set_title("Docstrings: sizes at equal tokens")
+    panels[0].set_ylabel("loss, nats")

@@ -1,11 +1,12 @@
-"""Puts what was measured into README.md: tables, plots, and the figures that its prose cites.
+"""Puts what was measured into pages: tables, plots, and the figures that prose cites.
 
-    python -m bench.report                     rewrite the blocks of README.md, and draw its plots
+    python -m bench.report                     rewrite the blocks of the pages, and draw their plots
     python -m bench.report --check             say which of them are not as the rows are
     python -m bench.report --list              the tables and plots that there are
     python -m bench.report --show NAME         print a table, or draw a plot, whether shown or not
 
-Blocks are described in ``bench/report/blocks.py``; a table or a plot is declared in ``specs.py``.
+Pages are README.md and bench/results/README.md, unless others are named. Their blocks are described
+in ``bench/report/blocks.py``; a table or a plot is declared in ``specs.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bench.report.specs import PLOTS, TABLES
 from bench.report.tables import Table
 from ladder_kernels.errors import ConfigError, LadderKernelsError
 
-_README = Path(__file__).parents[2] / "README.md"
+_PAGES = (Path(__file__).parents[2] / "README.md", results.RESULTS / "README.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,19 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--check", action="store_true", help="change nothing")
     what.add_argument("--list", action="store_true", help="names of tables and plots")
     what.add_argument("--show", metavar="NAME", help="one of them")
-    parser.add_argument("pages", nargs="*", type=Path, default=[_README], help="Markdown files")
+    parser.add_argument("pages", nargs="*", type=Path, help="Markdown files")
     given = parser.parse_args(arguments)
+    pages = given.pages or [page for page in _PAGES if page.is_file()]
     try:
         if given.list:
             _list()
         elif given.show:
             _show(given.show)
         elif given.check:
-            differing = [said for page in given.pages for said in check(page)]
+            differing = [said for page in pages for said in check(page)]
             print("\n".join(differing) or "All blocks are as the rows are.")
             return int(bool(differing))
         else:
-            for page in given.pages:
+            for page in pages:
                 update(page)
     except LadderKernelsError as error:
         print(error, file=sys.stderr)
@@ -65,12 +67,12 @@ def update(page: Path) -> None:
     for block in _shown(old, "plot"):
         _draw(_plot(block.name))
     if new == old:
-        print(f"{page}: its blocks were as the rows are.")
+        print(f"{_short(page)}: its blocks were as the rows are.")
         return
     beside = page.with_suffix(".new")
     beside.write_text(new, encoding="utf-8")
     beside.replace(page)
-    print(f"{page}: rewritten.")
+    print(f"{_short(page)}: rewritten.")
 
 
 def check(page: Path) -> list[str]:
@@ -80,11 +82,13 @@ def check(page: Path) -> list[str]:
     as_they_should_be = blocks(rewritten(document, lambda block: text_of(block, page)))
     for block, right in zip(blocks(document), as_they_should_be, strict=True):
         if block.text != right.text:
-            said.append(f"{page.name}: the {block.kind} {block.name} differs from the rows.")
+            said.append(f"{_short(page)}: the {block.kind} {block.name} differs from the rows.")
     for block in _shown(document, "plot"):
         plot = _plot(block.name)
         if plot.rows() and not pictures.is_of(plot, results.RESULTS):
-            said.append(f"{page.name}: the files of the plot {block.name} are not of these rows.")
+            said.append(
+                f"{_short(page)}: the files of the plot {block.name} are not of these rows."
+            )
     return said
 
 
@@ -104,6 +108,11 @@ def text_of(block: Block, page: Path) -> str:
         raise ConfigError(f"a figure is cited as 'TABLE > LINE > COLUMN', not as {block.name!r}")
     table, line, column = parts
     return _table(table).cited(line, column)
+
+
+def _short(page: Path) -> Path:
+    """From where the command runs, if it is below."""
+    return page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page
 
 
 def _shown(document: str, kind: str) -> list[Block]:

@@ -6,12 +6,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from matplotlib.figure import Figure
+
 from bench.learning import results as learning
-from bench.report.select import Selection, Where
+from bench.learning.trial import Result
+from bench.plots import Theme
+from bench.report.select import Selection, Source, Where
 from bench.report.tables import Filled
 from bench.rows import Row
 
-__all__ = ["Mean", "base_of", "learned_rows", "shape_of"]
+__all__ = ["LEARNING", "Mean", "StudyPlot", "base_of", "learned_rows", "shape_of"]
 
 
 def base_of(base: str) -> str:
@@ -50,6 +54,40 @@ def learned_rows(file: str) -> list[Row]:
             for metric, value in figures.items()
         ]
     return rows
+
+
+LEARNING = Source(
+    file="learning.csv",
+    command="python -m bench.learning run",
+    everywhere=True,
+    read=learned_rows,
+)
+"""All trials: what they found depends on no machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlot:
+    """A plot of the study's trials on docstrings.
+
+    Attributes:
+        name: Of its block and files.
+        title: What stands for it.
+        fill: Draws trials into a figure.
+        size: Inches.
+        source: Of its rows.
+    """
+
+    name: str
+    title: str
+    fill: Callable[[Sequence[Result], Figure, Theme], None]
+    size: tuple[float, float]
+    source: Source = LEARNING
+
+    def rows(self) -> list[Row]:
+        return [row for row in self.source.select().rows if row.bench.endswith("/docstrings")]
+
+    def draw(self, figure: Figure, theme: Theme) -> None:
+        self.fill(learning.read(), figure, theme)
 
 
 @dataclass(frozen=True, kw_only=True)

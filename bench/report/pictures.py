@@ -236,7 +236,9 @@ class Frontier:
         axes.set_xscale("log")
         axes.set_yscale("log")
         best = _unbeaten(list(points.values()))
-        axes.plot(*zip(*_stairs(best), strict=True), color=theme.ink, lw=0.8, alpha=0.45)
+        (stairs,) = axes.plot(
+            *zip(*_stairs(best), strict=True), color=theme.ink, lw=0.8, alpha=0.45
+        )
         labels = []
         for method, (x, y) in points.items():
             mark = mark_of(method, METHODS)
@@ -252,7 +254,7 @@ class Frontier:
         _plain_log(axes.yaxis)
         axes.set_xlabel(self.label)
         axes.set_ylabel("tokens/s")
-        plots.label_points(axes, labels, avoid=_stairs(best))
+        plots.label_points(axes, labels, [stairs])
 
 
 def _unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

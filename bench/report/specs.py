@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.learning.report import draw_frontier, draw_scaling
 from bench.learning.studies import PEFT
 from bench.plots import METHODS
-from bench.report.learned import Mean, base_of, learned_rows, shape_of
+from bench.report.learned import LEARNING, Mean, StudyPlot, base_of, shape_of
 from bench.report.pictures import AgainstContext, Frontier, Plot, Roofline, Timeline
 from bench.report.select import (
     GPU,
@@ -456,21 +457,13 @@ class _Trained:
         method = "qlora" if method == PEFT else method  # their sizes are the same
         rows = [
             row
-            for row in learned_rows(_LEARNING.file)
+            for row in LEARNING.select().rows
             if (row.candidate, row.model) == (method, base_of("calibrated"))
             and row.metric == "parameters: trained"
         ]
         if len({row.median for row in rows}) != 1:
             return Filled(text="", missing=True)
         return Filled(text=millions(rows[0]))
-
-
-_LEARNING = Source(
-    file="learning.csv",
-    command="python -m bench.learning run",
-    everywhere=True,
-    read=learned_rows,
-)
 
 
 def _learned() -> Table:
@@ -534,7 +527,7 @@ def _learned() -> Table:
     ]  # fmt: skip
     return Table(
         name="learned",
-        source=_LEARNING,
+        source=LEARNING,
         heads=("held out",),
         lines=lines,
         columns=lines[0].cells or (),
@@ -563,7 +556,7 @@ def _trials() -> Table:
     }
     return Table(
         name="trials",
-        source=_LEARNING,
+        source=LEARNING,
         heads=("study", "base", "method", "trained for"),
         lines=lines,
         columns=[
@@ -718,7 +711,22 @@ def _drawn(dtype: str, short: str) -> list[Plot]:
     ]  # fmt: skip
 
 
-_ALL_PLOTS = [*_drawn("float32", "fp32"), *_drawn("bfloat16", "bf16")]
+_ALL_PLOTS: Sequence[Plot] = (
+    *_drawn("float32", "fp32"),
+    *_drawn("bfloat16", "bf16"),
+    StudyPlot(
+        name="learning-frontier",
+        title="Perplexity of docstrings against training time, by method",
+        fill=draw_frontier,
+        size=(8.0, 4.8),
+    ),
+    StudyPlot(
+        name="learning-scaling",
+        title="Loss against trained parameters and against compute, by method",
+        fill=draw_scaling,
+        size=(10.0, 4.5),
+    ),
+)
 
 TABLES: Mapping[str, Table] = {table.name: table for table in _ALL_TABLES}
 """By name."""

@@ -334,8 +334,11 @@ class Table:
 
     def missing(self) -> list[str]:
         """A sentence for each line that lacks rows."""
+        filled = self.filled()
+        if not filled:
+            return [f"table {self.name}: {self.source.file} has no rows for it."]
         sentences = []
-        for line, cells in self.filled():
+        for line, cells in filled:
             lacks = [
                 column.header
                 for column, cell in zip(line.cells or self.columns, cells, strict=True)
@@ -344,7 +347,7 @@ class Table:
             if lacks:
                 sentences.append(
                     f"table {self.name}: {self.source.file} has no row for {line.name}: "
-                    f"{', '.join(lacks)}."
+                    f"{'; '.join(lacks)}."
                 )
         return sentences
 

@@ -14,11 +14,12 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from bench import plots, rows
+from bench import methods, plots, rows
 from bench.plots import METHODS, OPERATORS, THEMES
 from bench.report import pictures
 from bench.report.__main__ import main
 from bench.report.blocks import Block, blocks, rewritten
+from bench.report.learned import StudyPlot
 from bench.report.select import HELD_TO_AVX2, PROCESSOR, Source, provenance, tokens
 from bench.report.specs import PLOTS, TABLES
 from bench.report.tables import Column, Line, Table, duration, seconds, times
@@ -26,7 +27,7 @@ from ladder_kernels.errors import ConfigError
 from tests.bench.reported_rows import CPU, SMOL, op_rows, row, step_rows, timeline_rows
 
 AVX2 = f"{CPU}, held to AVX2"
-DRAWN = [name for name in PLOTS if name.endswith("-float32")]
+DRAWN = [name for name in PLOTS if not name.endswith("-bfloat16")]
 
 
 @pytest.fixture
@@ -111,13 +112,14 @@ def test_not_run_is_no_figure(written):
 def test_missing_rows_are_empty_and_said(written):
     assert TABLES["train-step-float32"].missing() == [
         "table train-step-float32: train_step.csv has no row for QLoRA, Liger loss: "
-        "tokens/s, loss on 1 in 10, against QLoRA, 1 in 10."
+        "tokens/s, loss on 1 in 10; against QLoRA, 1 in 10."
     ]
     assert lines_of("train-step-bfloat16")["ladder"] == [""] * 8
     assert len(TABLES["train-step-bfloat16"].missing()) == len(METHODS)
     last = TABLES["train-step-bfloat16"].text().splitlines()[-1]
     assert last.startswith("<sub>No rows yet: `python -m bench.train_step")
     assert last.endswith("` measures them.</sub>")
+    assert TABLES["ops-bfloat16"].missing() == ["table ops-bfloat16: ops.csv has no rows for it."]
 
 
 def test_operations(written):
@@ -201,7 +203,8 @@ def test_provenance_names_every_commit_and_machine():
 
 
 @pytest.mark.parametrize(
-    "name", ["gpu-step", "gpu-memory", "smallest", "tap-cache", "quantization"]
+    "name",
+    ["gpu-step", "gpu-memory", "smallest", "tap-cache", "quantization", "planner", "learned"],
 )
 def test_rows_of_the_repository_fill_their_tables(name):
     assert TABLES[name].missing() == []
@@ -214,6 +217,19 @@ def test_costs_of_the_learning_study_leave_out_what_another_machine_timed():
     assert cost.cited("recommended ladder, gradient checkpointing", "memory beyond the base")
     with pytest.raises(ConfigError, match="no row for recommended ladder, gradient checkpoint"):
         cost.cited("recommended ladder, gradient checkpointing", "a step")
+
+
+def test_means_over_seeds():
+    found = lines_of("learned")
+    docstrings = "docstrings, perplexity of the answers (lower is better)"
+    assert found[docstrings][:2] == ["43.5", "16.1 ± 0.1"]
+    assert found[docstrings][-1] == "23.2 (one seed)"
+    glosses = "WordNet glosses to 25 classes, accuracy"
+    assert found[glosses][:3] == ["", "74.0 % ± 0.8", "not run: ahead already"]
+    line = "docstrings/docstrings, calibrated, qlora, 40 steps, rates x 1"
+    assert TABLES["trials"].cited(line, "perplexity") == "16.14 ± 0.10"
+    with pytest.raises(ConfigError, match=r"no row for .*, accuracy"):
+        TABLES["trials"].cited(line, "accuracy")
 
 
 # Blocks of a page
@@ -235,9 +251,10 @@ Last words about {SMOL}.
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(monkeypatch, tmp_path):
     path = tmp_path / "PAGE.md"
     path.write_text(PAGE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     return path
 
 
@@ -336,7 +353,7 @@ def test_list_and_show(written, capsys):
     assert main(["--show", "none"]) == 2
 
 
-def test_the_readme_is_as_the_rows_are(capsys):
+def test_the_pages_are_as_the_rows_are(capsys):
     assert main(["--check"]) == 0, capsys.readouterr()
 
 
@@ -377,6 +394,7 @@ def test_plots_are_drawn_for_both_pages(written, name):
     drawn = {
         "Timeline": [plots.CATEGORIES[each] for each in ("weights", "activations", "transients")],
         "Roofline": [OPERATORS[each].colour for each in ("cpu", "bitsandbytes", "torch")],
+        "StudyPlot": [METHODS[each].colour for each in ("recommended ladder",)],
     }.get(type(plot).__name__, [METHODS[each].colour for each in ("ladder", "QLoRA")])
     for file, theme in zip(files, THEMES, strict=True):
         pixels = pixels_of(file)
@@ -407,12 +425,15 @@ def test_plots_can_be_read(written, name):
         axes = figure.axes[0]
         assert axes.get_ylabel() in (
             "tokens/s", "GFLOP/s", "live bytes of tensors, GB", "live bytes beyond the weights, GB",
+            "held-out perplexity of the answers", "loss, nats",
         )  # fmt: skip
         assert axes.get_xlabel() in (
             "context, tokens (batch 1)", "live bytes of tensors at the peak of the step, GB",
             "share of the step's time, %", "arithmetic intensity, FLOP/byte",
+            "time, in steps of QLoRA on the same kernels", "trained parameters, millions",
         )  # fmt: skip
-        assert plot.title in [text.get_text() for text, _ in texts]
+        if not isinstance(plot, StudyPlot):
+            assert plot.title in [text.get_text() for text, _ in texts]
 
 
 def test_lines_hold_what_was_measured(written):
@@ -465,11 +486,14 @@ def test_no_roof_no_plot(results):
 
 def test_no_rows_no_plot(results):
     for plot in PLOTS.values():
+        if isinstance(plot, StudyPlot):  # whose results are elsewhere
+            continue
         assert plot.rows() == []
         assert pictures.block(plot, "results").startswith("<sub>No rows yet: `python -m bench.")
 
 
 def test_every_method_looks_different():
+    assert METHODS.keys() == methods.METHODS.keys()
     assert len({(mark.colour, mark.marker) for mark in METHODS.values()}) == len(METHODS)
     assert len({mark.colour for mark in OPERATORS.values()}) == len(OPERATORS)
 

@@ -16,7 +16,7 @@ from bench.learning.data import CONTEXT, batches, first_answer_tokens, rows_of
 from bench.learning.full import FULL, FullModel
 from bench.learning.judge import mean_loss
 from bench.learning.methods import METHODS, method_of
-from bench.learning.report import markdown, slope, write
+from bench.learning.report import frontier, markdown, slope, write
 from bench.learning.results import append, claimed, read
 from bench.learning.studies import COST, PEFT, QLORA_STEPS, STUDIES
 from bench.learning.tasks import TASKS, load_task
@@ -158,8 +158,9 @@ def test_report(tmp_path):
     assert "| QLoRA, rank 1 to 64, 30 layers | 3.000, 2.900, 2.800 | -0.0" in text
     write([RESULT, *others], tmp_path)
     assert (tmp_path / "learning.md").read_text() == text
-    for plot in ("learning_frontier.png", "learning_scaling.png"):
-        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    points = frontier([RESULT, *others])
+    assert points["qlora"][-1] == (40, pytest.approx(17.099, abs=1e-3))
+    assert points[PEFT][-1][0] > 40
 
 
 @pytest.mark.parametrize("name", ["maths", "critic"])
