@@ -14,7 +14,8 @@ struct Arguments {
   Weight weight{N, K, 32, false, random}, nested_weight{N, K, 32, true, random};
   Array x{LK_FLOAT32, M * K, random}, dense{LK_FLOAT32, N * K, random};
   Array out{LK_FLOAT32, M * N}, back{LK_FLOAT32, M * K}, loss{LK_FLOAT32, M}, lse{LK_FLOAT32, M};
-  Array attended{LK_FLOAT32, M * K};
+  Array attended{LK_FLOAT32, M * K}, attended_lse{LK_FLOAT32, 2 * M, random};
+  Array dq{LK_FLOAT32, M * K, random}, dk{LK_FLOAT32, M * K, random}, dv{LK_FLOAT32, M * K, random};
   std::vector<int64_t> tokens{0, 1, 2}, labels{0, 1, 2};
 
   lk_nf4_matrix w = weight.matrix(), up = weight.matrix();
@@ -39,6 +40,10 @@ struct Arguments {
   const lk_strides* q_strides = &strides;
   const lk_strides* k_strides = &strides;
   const lk_strides* v_strides = &strides;
+  const void *grad_at = x.data(), *attended_at = x.data();
+  const float* attended_lse_at = static_cast<const float*>(attended_lse.data());
+  float *dq_at = static_cast<float*>(dq.data()), *dk_at = static_cast<float*>(dk.data()),
+        *dv_at = static_cast<float*>(dv.data());
 
   lk_status linear() {
     return lk_nf4_linear(w_at, dtype, rows, x_at, stride, nullptr, residual, residual_stride,
@@ -66,7 +71,13 @@ struct Arguments {
   lk_status attention() {
     return lk_ranged_attention(dtype, batch, heads, key_heads, S, T, width, x_at, q_strides, x_at,
                                k_strides, x_at, v_strides, nullptr, 1.0f,
-                               out_at == nullptr ? nullptr : attended.data(), threads);
+                               out_at == nullptr ? nullptr : attended.data(), nullptr, threads);
+  }
+  lk_status attention_backward() {
+    return lk_ranged_attention_backward(dtype, batch, heads, key_heads, S, T, width, x_at,
+                                        q_strides, x_at, k_strides, x_at, v_strides, nullptr, 1.0f,
+                                        grad_at, attended_at, attended_lse_at, dq_at, dk_at,
+                                        out_at == nullptr ? nullptr : dv_at, threads);
   }
 };
 
@@ -84,6 +95,7 @@ constexpr Kernel kLinearInt8{"nf4_linear_int8", &Arguments::linear_int8};
 constexpr Kernel kSwiGLUInt8{"nf4_swiglu_int8", &Arguments::swiglu_int8};
 constexpr Kernel kCrossEntropy{"linear_cross_entropy", &Arguments::cross_entropy};
 constexpr Kernel kAttention{"ranged_attention", &Arguments::attention};
+constexpr Kernel kAttentionBackward{"ranged_attention_backward", &Arguments::attention_backward};
 
 using Spoil = void (*)(Arguments&);
 
@@ -134,6 +146,25 @@ const Refusal kEverywhere[] = {
 struct KernelRefusal {
   Kernel kernel;
   Refusal refusal;
+};
+
+// What attention may not be asked for, nor its gradients.
+const Refusal kAttentions[] = {
+    {"batch -1", [](Arguments& a) { a.batch = -1; }},
+    {"S -1", [](Arguments& a) { a.S = -1; }},
+    {"fewer keys than queries", [](Arguments& a) { a.T = 2; }},
+    {"no heads", [](Arguments& a) { a.heads = 0; }},
+    {"no heads of keys", [](Arguments& a) { a.key_heads = 0; }},
+    {"heads that do not share alike",
+     [](Arguments& a) {
+       a.heads = 3;
+       a.key_heads = 2;
+     }},
+    {"513 heads to one of keys", [](Arguments& a) { a.heads = 513; }},
+    {"head_dim 0", [](Arguments& a) { a.width = 0; }},
+    {"no strides of q", [](Arguments& a) { a.q_strides = nullptr; }},
+    {"no strides of k", [](Arguments& a) { a.k_strides = nullptr; }},
+    {"no strides of v", [](Arguments& a) { a.v_strides = nullptr; }},
 };
 
 const KernelRefusal kOwn[] = {
@@ -188,22 +219,12 @@ const KernelRefusal kOwn[] = {
     {kCrossEntropy, {"softcap NaN", [](Arguments& a) { a.softcap = NAN; }}},
     {kCrossEntropy, {"a negative stride", [](Arguments& a) { a.stride = -1; }}},
     {kCrossEntropy, {"a negative stride of grad", [](Arguments& a) { a.grad_stride = -1; }}},
-    {kAttention, {"batch -1", [](Arguments& a) { a.batch = -1; }}},
-    {kAttention, {"S -1", [](Arguments& a) { a.S = -1; }}},
-    {kAttention, {"fewer keys than queries", [](Arguments& a) { a.T = 2; }}},
-    {kAttention, {"no heads", [](Arguments& a) { a.heads = 0; }}},
-    {kAttention, {"no heads of keys", [](Arguments& a) { a.key_heads = 0; }}},
-    {kAttention,
-     {"heads that do not share alike",
-      [](Arguments& a) {
-        a.heads = 3;
-        a.key_heads = 2;
-      }}},
-    {kAttention, {"513 heads to one of keys", [](Arguments& a) { a.heads = 513; }}},
-    {kAttention, {"head_dim 0", [](Arguments& a) { a.width = 0; }}},
-    {kAttention, {"no strides of q", [](Arguments& a) { a.q_strides = nullptr; }}},
-    {kAttention, {"no strides of k", [](Arguments& a) { a.k_strides = nullptr; }}},
-    {kAttention, {"no strides of v", [](Arguments& a) { a.v_strides = nullptr; }}},
+    {kAttentionBackward, {"no gradient", [](Arguments& a) { a.grad_at = nullptr; }}},
+    {kAttentionBackward, {"no out", [](Arguments& a) { a.attended_at = nullptr; }}},
+    {kAttentionBackward, {"no lse", [](Arguments& a) { a.attended_lse_at = nullptr; }}},
+    {kAttentionBackward, {"no dq", [](Arguments& a) { a.dq_at = nullptr; }}},
+    {kAttentionBackward, {"no dk", [](Arguments& a) { a.dk_at = nullptr; }}},
+    {kAttentionBackward, {"no dv", [](Arguments& a) { a.dv_at = nullptr; }}},
 };
 
 // Nothing to do: fine, whatever the pointers.
@@ -283,6 +304,18 @@ const KernelRefusal kEmpty[] = {
         clear(a);
         a.S = 0;
       }}},
+    {kAttentionBackward,
+     {"batch 0",
+      [](Arguments& a) {
+        clear(a);
+        a.batch = 0;
+      }}},
+    {kAttentionBackward,
+     {"S 0",
+      [](Arguments& a) {
+        clear(a);
+        a.S = 0;
+      }}},
 };
 
 // A sum over no terms is zero.
@@ -303,8 +336,8 @@ void check_no_terms(Tally& tally) {
 }  // namespace
 
 void check_refusals(Tally& tally) {
-  for (const Kernel& kernel :
-       {kLinear, kTransposed, kSwiGLU, kLinearInt8, kSwiGLUInt8, kCrossEntropy, kAttention}) {
+  for (const Kernel& kernel : {kLinear, kTransposed, kSwiGLU, kLinearInt8, kSwiGLUInt8,
+                               kCrossEntropy, kAttention, kAttentionBackward}) {
     check_call(tally, kernel, "nothing amiss", [](Arguments&) {}, LK_OK);
     for (const Refusal& refusal : kEverywhere) {
       check_call(tally, kernel, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
@@ -321,6 +354,11 @@ void check_refusals(Tally& tally) {
     const lk_status status = arguments.cross_entropy();
     tally.expect(status == LK_BAD_ARGUMENT, "linear_cross_entropy with %s: status %d", refusal.what,
                  int(status));
+  }
+  for (const Refusal& refusal : kAttentions) {
+    for (const Kernel& kernel : {kAttention, kAttentionBackward}) {
+      check_call(tally, kernel, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
+    }
   }
   for (const KernelRefusal& own : kOwn) {
     check_call(tally, own.kernel, own.refusal.what, own.refusal.spoil, LK_BAD_ARGUMENT);
