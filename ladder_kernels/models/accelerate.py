@@ -15,7 +15,11 @@ import torch
 
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models import fused_loss, native_attention
-from ladder_kernels.models.quantized_layer import AcceleratedLinear4bit
+from ladder_kernels.models.quantized_layer import (
+    AcceleratedAdapter,
+    AcceleratedLinear4bit,
+    is_adapter,
+)
 from ladder_kernels.models.reclass import reclass, restore
 
 if TYPE_CHECKING:
@@ -82,8 +86,11 @@ def accelerate_4bit(
     with_loss = _chosen("loss", loss, model, known, fused_loss.refusal)
     with_attention = _chosen("attention", attention, model, known, native_attention.refusal)
 
-    for layer in layers.values():
-        reclass(layer, AcceleratedLinear4bit)
+    for module in list(model.modules()):
+        if isinstance(module, Linear4bit):
+            reclass(module, AcceleratedLinear4bit)
+        elif is_adapter(module):
+            reclass(module, AcceleratedAdapter)
     for each in known:
         if each in with_loss:
             reclass(each, fused_loss.FusedLoss)
