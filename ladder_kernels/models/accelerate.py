@@ -55,6 +55,8 @@ def accelerate_4bit(
     - *attention*: on a CPU, plain causal attention runs on the native kernels; with padding, packed
       documents, shorter windows or caches it is transformers' "sdpa".
 
+    Norms, loss and attention are differentiable once.
+
     Args:
         model: any module with ``Linear4bit`` layers of ``quant_type="nf4"``, already quantised.
         loss: ``None``: wherever it can be; a model of another kind is left as it is. ``True``: as

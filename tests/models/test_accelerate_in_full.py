@@ -370,6 +370,7 @@ def test_last_call_decides(llama: Path) -> None:
     assert type(model) is transformers.LlamaForCausalLM
     assert model.config._attn_implementation == "sdpa"
     assert isinstance(model.model.layers[0].mlp.up_proj, Reclassed)
+    assert isinstance(model.model.norm, Reclassed)
 
 
 def test_way_back(llama: Path, tmp_path: Path) -> None:
