@@ -15,7 +15,12 @@ import torch
 
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.models import fused_loss, native_attention
-from ladder_kernels.models.quantized_layer import AcceleratedLinear4bit
+from ladder_kernels.models.fused_norm import FusedNorm, norms
+from ladder_kernels.models.quantized_layer import (
+    AcceleratedAdapter,
+    AcceleratedLinear4bit,
+    is_adapter,
+)
 from ladder_kernels.models.reclass import reclass, restore
 
 if TYPE_CHECKING:
@@ -33,12 +38,15 @@ def accelerate_4bit(
 
     Works on plain transformers models loaded with ``BitsAndBytesConfig`` and on PEFT models on top
     of them. The layers stay differentiable in their input and bias, so LoRA adapters train as
-    before. Calling it again is harmless, and the last call decides; :func:`restore_4bit` undoes it.
+    before; where one plain adapter is active, a layer and its adapter are computed at once, and no
+    float32 copy of their input is kept for the backward pass. So call it after ``get_peft_model``.
+    Calling it again is harmless, and the last call decides; :func:`restore_4bit` undoes it.
 
-    Where the model is one of transformers' causal language models of a known type, two more parts
-    of a training step come from here, which cost as much as the layers. Both are decided anew in
-    every forward, and whatever they do not serve runs as before:
+    Where the model is one of transformers' causal language models of a known type, more of a
+    training step comes from here. It is decided anew in every forward, and whatever is not served
+    runs as before:
 
+    - *norms*: the RMS norms of the llama family are one operation, with the same roundings.
     - *loss*: in training mode, with labels, the loss is :func:`linear_cross_entropy` of the last
       hidden states, equal to transformers' up to rounding (shifted labels, ``ignore_index``,
       ``num_items_in_batch``, the model's scale and cap of its logits). There are no ``[T, V]``
@@ -46,6 +54,8 @@ def accelerate_4bit(
       has an adapter, a bias or a hook, the model's own forward runs.
     - *attention*: on a CPU, plain causal attention runs on the native kernels; with padding, packed
       documents, shorter windows or caches it is transformers' "sdpa".
+
+    Norms, loss and attention are differentiable once.
 
     Args:
         model: any module with ``Linear4bit`` layers of ``quant_type="nf4"``, already quantised.
@@ -82,9 +92,14 @@ def accelerate_4bit(
     with_loss = _chosen("loss", loss, model, known, fused_loss.refusal)
     with_attention = _chosen("attention", attention, model, known, native_attention.refusal)
 
-    for layer in layers.values():
-        reclass(layer, AcceleratedLinear4bit)
+    for module in list(model.modules()):
+        if isinstance(module, Linear4bit):
+            reclass(module, AcceleratedLinear4bit)
+        elif is_adapter(module):
+            reclass(module, AcceleratedAdapter)
     for each in known:
+        for norm in norms(each):
+            reclass(norm, FusedNorm)
         if each in with_loss:
             reclass(each, fused_loss.FusedLoss)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import ladder_kernels as lk
 from ladder_kernels.errors import UnsupportedModelError
+from ladder_kernels.memory.meter import Meter
 from ladder_kernels.models.fused_loss import FusedLoss
 from ladder_kernels.models.reclass import Reclassed
 
@@ -263,6 +265,73 @@ def test_quantised_head(llama: Path, dtype: torch.dtype) -> None:
     _assert_rule(_step(model), theirs, exact)
 
 
+@pytest.mark.parametrize("kind", ["dora", "bias", "two", "autocast", "merged", "disabled"])
+def test_adapters_that_are_not_plain_run_as_before(llama: Path, kind: str) -> None:
+    options = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(kind, {})
+    model = _adapted(_quantised(llama), **options)
+    if kind == "two":
+        model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))
+        model.base_model.set_adapter(["default", "second"])
+
+    def losses() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", enabled=kind == "autocast"):
+            return model(input_ids=_IDS, labels=_IDS).loss
+
+    if kind == "merged":
+        model.merge_adapter()
+    with model.disable_adapter() if kind == "disabled" else nullcontext():
+        expected = losses()
+        lk.accelerate_4bit(model)
+        assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj, Reclassed)
+        tolerance = 2e-2 if kind == "autocast" else 1e-4
+        torch.testing.assert_close(losses(), expected, rtol=tolerance, atol=0)
+
+
+def test_dropout_has_the_same_masks(llama: Path) -> None:
+    model = _adapted(_quantised(llama), lora_dropout=0.3)
+
+    def steps() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return _step(model)
+
+    expected = steps()
+    lk.accelerate_4bit(model)
+    actual = steps()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_layers_follow_a_weight_that_is_replaced(llama: Path) -> None:
+    model = lk.accelerate_4bit(_adapted(_quantised(llama)))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    weight = bnb.nn.Params4bit(
+        torch.randn(layer.out_features, layer.in_features),
+        requires_grad=False,
+        quant_type="nf4",
+    )
+    layer.weight = weight.to("cpu")
+    dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    x = torch.randn(3, layer.in_features)
+    torch.testing.assert_close(layer(x), x @ dense.float().t(), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_of_a_step_falls(llama: Path) -> None:
+    model = _adapted(_quantised(llama, torch.bfloat16))
+
+    ids = _IDS.repeat(4, 4)
+
+    def peak() -> int:
+        with Meter(model) as meter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+        return meter.peak.usage.total - meter.peak.usage.weights
+
+    peak()
+    before = peak()
+    lk.accelerate_4bit(model)
+    assert peak() < 0.6 * before
+
+
 def test_unknown_models_have_only_their_layers_changed(llama: Path) -> None:
     class Own(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -301,6 +370,7 @@ def test_last_call_decides(llama: Path) -> None:
     assert type(model) is transformers.LlamaForCausalLM
     assert model.config._attn_implementation == "sdpa"
     assert isinstance(model.model.layers[0].mlp.up_proj, Reclassed)
+    assert isinstance(model.model.norm, Reclassed)
 
 
 def test_way_back(llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ladder_kernels as lk
+from ladder_kernels.nn import adapted_linear as module
+from ladder_kernels.nn.adapted_linear import adapted_linear
+
+
+def _arguments(dtype: torch.dtype, tokens: int, n: int, k: int, rank: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [
+        torch.randn(2, tokens, k).to(dtype).requires_grad_(),
+        torch.randn(2, tokens, k).requires_grad_(),
+        (torch.randn(rank, k) * k**-0.5).requires_grad_(),
+        torch.randn(n, rank).requires_grad_(),
+        torch.randn(n).to(dtype).requires_grad_(),
+    ]
+
+
+def _plain(x: torch.Tensor, seen: Any, a: Any, b: Any, bias: Any, weight: torch.Tensor) -> Any:
+    """As PEFT writes it, the base in x's dtype."""
+    base = x @ weight.to(x.dtype).t() + bias
+    read = x.to(a.dtype) if seen is None else seen
+    return base + (0.5 * (read @ a.t() @ b.t())).to(x.dtype)
+
+
+def _gradients(out: torch.Tensor, arguments: list[Any]) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    out.backward(torch.randn(out.shape).to(out.dtype))
+    found = [out.detach()]
+    for argument in arguments:
+        if argument is not None and argument.grad is not None:
+            found.append(argument.grad)
+            argument.grad = None
+    return found
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 40),
+    n=st.integers(1, 70),
+    k=st.integers(1, 3).map(lambda blocks: 64 * blocks),
+    rank=st.integers(1, 9),
+    dropped=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_rule(
+    tokens: int, n: int, k: int, rank: int, dropped: bool, dtype: torch.dtype
+) -> None:
+    x, seen, a, b, bias = _arguments(dtype, tokens, n, k, rank)
+    weight = lk.quantize_nf4(torch.randn(n, k) * k**-0.5)
+    given = [x, seen if dropped else None, a, b, bias]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", 7 * max(n, k))  # several blocks, the last one ragged
+        ours = _gradients(adapted_linear(x, weight, bias, a, b, 0.5, seen=given[1]), given)
+    dense = weight.dequantize(dtype)
+    theirs = _gradients(_plain(*given, dense), given)
+    wide = [None if g is None else g.detach().double().requires_grad_() for g in given]
+    exact = _gradients(_plain(*wide, dense.double()), wide)
+    assert len(ours) == len(theirs) == len(exact) == (6 if dropped else 5)
+    for mine, other, right in zip(ours, theirs, exact, strict=True):
+        assert mine.dtype == other.dtype
+        error, allowed = ((found.double() - right).norm() for found in (mine, other))
+        assert error <= 2 * allowed + 1e-5 * right.norm()
+
+
+def test_gradient_of_the_gradient() -> None:
+    x, seen, a, b, bias = (
+        each.detach().double() for each in _arguments(torch.float64, 3, 5, 64, 2)
+    )
+    weight = lk.quantize_nf4(torch.randn(5, 64))
+    inputs = [each.requires_grad_() for each in (x[:1, :, :], a, b, bias)]
+
+    def function(x: Any, a: Any, b: Any, bias: Any) -> torch.Tensor:
+        return adapted_linear(x, weight, bias, a, b, 0.5)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    dropped = seen[:1].requires_grad_()
+
+    def with_dropout(seen: Any, a: Any, b: Any) -> torch.Tensor:
+        return adapted_linear(x[:1].detach(), weight, None, a, b, 0.5, seen=seen)
+
+    assert torch.autograd.gradcheck(with_dropout, (dropped, a, b))
+    assert torch.autograd.gradgradcheck(with_dropout, (dropped, a, b))
+
+
+def test_keeps_no_wide_copy_of_the_input() -> None:
+    x, _, a, b, _ = _arguments(torch.bfloat16, 20, 64, 64, 2)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapted_linear(x, lk.quantize_nf4(torch.randn(64, 64)), None, a, b, 1.0)
+    assert max(t.nbytes for t in kept) == x.nbytes
+    assert sum(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept) == 1
