@@ -176,8 +176,7 @@ class Line:
 
 
 _FEW = (1, 16)
-_SMALL, _LARGE = (SMOLLM2, QWEN_1_5B), (QWEN_7B,)
-_ONE = (SMOLLM2,)
+_ONE, _LARGE = (SMOLLM2,), (QWEN_7B,)
 
 TABLE: Sequence[Line] = (
     Line(name="nf4_linear", layers=_MATRICES, models=_ONE, set="quick"),
@@ -207,7 +206,8 @@ TABLE: Sequence[Line] = (
     Line(name="nf4_swiglu", layers=("mlp",), models=_ONE, set="quick"),
     Line(name="nf4_swiglu", layers=("mlp",), models=(QWEN_1_5B,)),
     Line(name="nf4_swiglu", layers=("mlp",), models=_LARGE, set="full"),
-    Line(name="nf4_swiglu", layers=("mlp",), rows=(1,)),
+    Line(name="nf4_swiglu", layers=("mlp",), models=(QWEN_1_5B,), rows=(1,)),
+    Line(name="nf4_swiglu", layers=("mlp",), models=_LARGE, rows=(1,), set="full"),
     Line(name="nf4_swiglu", direction="backward", layers=("mlp",), models=_ONE, set="quick"),
     Line(
         name="nf4_swiglu", direction="backward", layers=("mlp",), models=(QWEN_1_5B, QWEN_7B),
@@ -215,7 +215,7 @@ TABLE: Sequence[Line] = (
     ),
     Line(name="nf4_swiglu_int8", layers=("mlp",), models=_ONE, set="quick"),
     Line(name="nf4_swiglu_int8", layers=("mlp",), models=(QWEN_1_5B, QWEN_7B), set="full"),
-    Line(name="nf4_swiglu_int8", layers=("mlp",), models=(QWEN_7B,), rows=(1,)),
+    Line(name="nf4_swiglu_int8", layers=("mlp",), models=(QWEN_1_5B,), rows=(1,)),
     Line(name="linear_cross_entropy", layers=("head",), models=_ONE, rows=(256,), set="quick"),
     Line(
         name="linear_cross_entropy", direction="both", layers=("head",), models=_ONE, memory=True
@@ -246,9 +246,11 @@ TABLE: Sequence[Line] = (
     Line(name="side_mlp", layers=("side block",), models=_LARGE),
     Line(name="side_mlp", direction="backward", layers=("side block",), models=(SMOLLM2, QWEN_7B)),
     Line(name="nf4_quantize", layers=("mlp.gate",), models=_ONE, set="quick"),
-    Line(name="nf4_quantize", layers=("attn.q", "mlp.down"), models=_LARGE),
+    Line(name="nf4_quantize", layers=("attn.q",), models=_LARGE),
+    Line(name="nf4_quantize", layers=("mlp.down",), models=_LARGE, set="full"),
     Line(name="nf4_dequantize", layers=("mlp.gate",), models=_ONE, set="quick"),
-    Line(name="nf4_dequantize", layers=("attn.q", "mlp.down"), models=_LARGE),
+    Line(name="nf4_dequantize", layers=("attn.q",), models=_LARGE),
+    Line(name="nf4_dequantize", layers=("mlp.down",), models=_LARGE, set="full"),
 )  # fmt: skip
 """Everything that is measured."""
 

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("operations", "benchmark of operations")
     group.addoption("--cases", choices=_SETS, default="default", help="what is measured")
     group.addoption("--isa", choices=ISAS, help="hold every candidate to it")
-    group.addoption("--seconds", type=float, default=1.5, help="for each case, more or less")
+    group.addoption("--seconds", type=float, default=1.0, help="for each case, more or less")
     group.addoption("--at-least", type=int, default=3, help="calls of each, however long they are")
     group.addoption("--small", action="store_true", help="small sizes: times say nothing")
     group.addoption(
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update({**held(isa), **_QUIET_THREADS})
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc: Any) -> None:
     if not {"case", "candidate"} <= set(metafunc.fixturenames):
         return
     from bench.ops.cases import cases
