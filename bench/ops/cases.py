@@ -231,6 +231,10 @@ TABLE: Sequence[Line] = (
     Line(name="ranged_attention", layers=("attention",), models=_ONE, set="quick"),
     Line(name="ranged_attention", layers=("attention",), models=(QWEN_1_5B, QWEN_7B)),
     Line(name="ranged_attention", layers=("attention",), rows=(1,)),
+    Line(
+        name="ranged_attention", direction="backward", layers=("attention",),
+        models=(SMOLLM2, QWEN_1_5B),
+    ),
     Line(name="rms_norm", layers=("norm",), models=_ONE, set="quick"),
     Line(name="rms_norm", layers=("norm",), models=_LARGE),
     Line(name="rms_norm", layers=("norm",), models=_LARGE, rows=(1,)),

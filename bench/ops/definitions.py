@@ -362,6 +362,7 @@ def _ranged_attention(size: Sizes, new: Fresh) -> Work:
         ours=ops.ranged_attention,
         plain=plain,
         rivals={TORCH: plain},
+        leaves=("q", "k", "v"),
     )
 
 
@@ -644,9 +645,15 @@ DEFINITIONS: Mapping[str, Definition] = {
     "ranged_attention": Definition(
         op="ranged_attention",
         make=_ranged_attention,
-        functions={"forward": "ranged_attention"},
-        flops={"forward": lambda s: 4 * s["H"] * s["hd"] * _seen(s)},
-        numbers={"forward": lambda s: 2 * s["hd"] * (s["S"] * s["H"] + s["T"] * s["Hkv"])},
+        functions={"forward": "ranged_attention", "backward": "ranged_attention_backward"},
+        flops={
+            "forward": lambda s: 4 * s["H"] * s["hd"] * _seen(s),
+            "backward": lambda s: 10 * s["H"] * s["hd"] * _seen(s),
+        },
+        numbers={
+            "forward": lambda s: 2 * s["hd"] * (s["S"] * s["H"] + s["T"] * s["Hkv"]),
+            "backward": lambda s: 4 * s["hd"] * (s["S"] * s["H"] + s["T"] * s["Hkv"]),
+        },
         rivals=(TORCH,),
         rows="S",
     ),
