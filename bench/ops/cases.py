@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from bench.ops import SETS
 from bench.ops.definitions import DEFINITIONS, Definition, Sizes
 from bench.roofline import Ideal
 
-__all__ = ["SETS", "TABLE", "Case", "Line", "Model", "cases"]
-
-SETS = ("quick", "default", "full")
-"""Each holds those before it."""
+__all__ = ["TABLE", "Case", "Line", "Model", "cases"]
 
 _CONTEXT = 2048
 
@@ -74,7 +72,7 @@ class Case:
         layer: Of the model.
         sizes: By letter.
         dtype: Of activations.
-        set: The smallest of :data:`SETS` that it is in.
+        set: The smallest of :data:`~bench.ops.SETS` that it is in.
         memory: Whether memory is measured, too.
     """
 
@@ -145,7 +143,7 @@ class Line:
         direction: "forward", "backward" or "both".
         rows: Numbers of tokens.
         dtypes: Of activations.
-        set: The smallest of :data:`SETS` that has them.
+        set: The smallest of :data:`~bench.ops.SETS` that has them.
         memory: Whether memory is measured, too.
     """
 
@@ -263,7 +261,7 @@ def cases(chosen: str = "default") -> list[Case]:
     """The cases of a set, in the table's order.
 
     Args:
-        chosen: Of :data:`SETS`.
+        chosen: Of :data:`~bench.ops.SETS`.
     """
     sets = SETS[: SETS.index(chosen) + 1]
     return [case for line in TABLE for case in line.cases() if case.set in sets]

@@ -30,6 +30,7 @@ __all__ = [
     "EXACT",
     "LIGER",
     "NUMPY",
+    "OURS",
     "TORCH",
     "Definition",
     "Fresh",
@@ -46,6 +47,9 @@ TORCH = "torch"
 LIGER = "Liger"
 EXACT = "exact products"
 """Ours, of the same weights in floating point: what products in whole numbers are held against."""
+
+OURS = ("triton", "cpu", "reference")
+"""Our backends, the fastest first."""
 
 MANY_ROWS = 64
 """Rows from which on NumPy is timed, too."""
