@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from bench.ops import SETS
 from bench.ops.definitions import DEFINITIONS, Definition, Sizes
 from bench.roofline import Ideal
 
-__all__ = ["SETS", "TABLE", "Case", "Line", "Model", "cases"]
-
-SETS = ("quick", "default", "full")
-"""Each holds those before it."""
+__all__ = ["TABLE", "Case", "Line", "Model", "cases"]
 
 _CONTEXT = 2048
 
@@ -74,7 +72,7 @@ class Case:
         layer: Of the model.
         sizes: By letter.
         dtype: Of activations.
-        set: The smallest of :data:`SETS` that it is in.
+        set: The smallest of :data:`~bench.ops.SETS` that it is in.
         memory: Whether memory is measured, too.
     """
 
@@ -145,7 +143,7 @@ class Line:
         direction: "forward", "backward" or "both".
         rows: Numbers of tokens.
         dtypes: Of activations.
-        set: The smallest of :data:`SETS` that has them.
+        set: The smallest of :data:`~bench.ops.SETS` that has them.
         memory: Whether memory is measured, too.
     """
 
@@ -176,8 +174,7 @@ class Line:
 
 
 _FEW = (1, 16)
-_SMALL, _LARGE = (SMOLLM2, QWEN_1_5B), (QWEN_7B,)
-_ONE = (SMOLLM2,)
+_ONE, _LARGE = (SMOLLM2,), (QWEN_7B,)
 
 TABLE: Sequence[Line] = (
     Line(name="nf4_linear", layers=_MATRICES, models=_ONE, set="quick"),
@@ -207,7 +204,8 @@ TABLE: Sequence[Line] = (
     Line(name="nf4_swiglu", layers=("mlp",), models=_ONE, set="quick"),
     Line(name="nf4_swiglu", layers=("mlp",), models=(QWEN_1_5B,)),
     Line(name="nf4_swiglu", layers=("mlp",), models=_LARGE, set="full"),
-    Line(name="nf4_swiglu", layers=("mlp",), rows=(1,)),
+    Line(name="nf4_swiglu", layers=("mlp",), models=(QWEN_1_5B,), rows=(1,)),
+    Line(name="nf4_swiglu", layers=("mlp",), models=_LARGE, rows=(1,), set="full"),
     Line(name="nf4_swiglu", direction="backward", layers=("mlp",), models=_ONE, set="quick"),
     Line(
         name="nf4_swiglu", direction="backward", layers=("mlp",), models=(QWEN_1_5B, QWEN_7B),
@@ -215,7 +213,7 @@ TABLE: Sequence[Line] = (
     ),
     Line(name="nf4_swiglu_int8", layers=("mlp",), models=_ONE, set="quick"),
     Line(name="nf4_swiglu_int8", layers=("mlp",), models=(QWEN_1_5B, QWEN_7B), set="full"),
-    Line(name="nf4_swiglu_int8", layers=("mlp",), models=(QWEN_7B,), rows=(1,)),
+    Line(name="nf4_swiglu_int8", layers=("mlp",), models=(QWEN_1_5B,), rows=(1,)),
     Line(name="linear_cross_entropy", layers=("head",), models=_ONE, rows=(256,), set="quick"),
     Line(
         name="linear_cross_entropy", direction="both", layers=("head",), models=_ONE, memory=True
@@ -231,6 +229,10 @@ TABLE: Sequence[Line] = (
     Line(name="ranged_attention", layers=("attention",), models=_ONE, set="quick"),
     Line(name="ranged_attention", layers=("attention",), models=(QWEN_1_5B, QWEN_7B)),
     Line(name="ranged_attention", layers=("attention",), rows=(1,)),
+    Line(
+        name="ranged_attention", direction="backward", layers=("attention",),
+        models=(SMOLLM2, QWEN_1_5B),
+    ),
     Line(name="rms_norm", layers=("norm",), models=_ONE, set="quick"),
     Line(name="rms_norm", layers=("norm",), models=_LARGE),
     Line(name="rms_norm", layers=("norm",), models=_LARGE, rows=(1,)),
@@ -246,9 +248,11 @@ TABLE: Sequence[Line] = (
     Line(name="side_mlp", layers=("side block",), models=_LARGE),
     Line(name="side_mlp", direction="backward", layers=("side block",), models=(SMOLLM2, QWEN_7B)),
     Line(name="nf4_quantize", layers=("mlp.gate",), models=_ONE, set="quick"),
-    Line(name="nf4_quantize", layers=("attn.q", "mlp.down"), models=_LARGE),
+    Line(name="nf4_quantize", layers=("attn.q",), models=_LARGE),
+    Line(name="nf4_quantize", layers=("mlp.down",), models=_LARGE, set="full"),
     Line(name="nf4_dequantize", layers=("mlp.gate",), models=_ONE, set="quick"),
-    Line(name="nf4_dequantize", layers=("attn.q", "mlp.down"), models=_LARGE),
+    Line(name="nf4_dequantize", layers=("attn.q",), models=_LARGE),
+    Line(name="nf4_dequantize", layers=("mlp.down",), models=_LARGE, set="full"),
 )  # fmt: skip
 """Everything that is measured."""
 
@@ -257,7 +261,7 @@ def cases(chosen: str = "default") -> list[Case]:
     """The cases of a set, in the table's order.
 
     Args:
-        chosen: Of :data:`SETS`.
+        chosen: Of :data:`~bench.ops.SETS`.
     """
     sets = SETS[: SETS.index(chosen) + 1]
     return [case for line in TABLE for case in line.cases() if case.set in sets]

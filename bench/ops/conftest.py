@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bench.hold import ISAS, held
+from bench.ops import SETS
 
 if TYPE_CHECKING:
     from bench.ops.session import Session
 
-_SETS = ("quick", "default", "full")
+_HERE = Path(__file__).parent
 _SESSION = pytest.StashKey["Session"]()
 # OpenBLAS's threads sleep soon after a product (log2 of cycles): by default they hold their cores
 # for milliseconds of the next candidate's time.
@@ -26,9 +27,9 @@ _QUIET_THREADS = {"OPENBLAS_THREAD_TIMEOUT": "16"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("operations", "benchmark of operations")
-    group.addoption("--cases", choices=_SETS, default="default", help="what is measured")
+    group.addoption("--cases", choices=SETS, default="default", help="what is measured")
     group.addoption("--isa", choices=ISAS, help="hold every candidate to it")
-    group.addoption("--seconds", type=float, default=1.5, help="for each case, more or less")
+    group.addoption("--seconds", type=float, default=1.0, help="for each case, more or less")
     group.addoption("--at-least", type=int, default=3, help="calls of each, however long they are")
     group.addoption("--small", action="store_true", help="small sizes: times say nothing")
     group.addoption(
@@ -43,7 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update({**held(isa), **_QUIET_THREADS})
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("timeout"):  # large products take what they take
+        for item in items:
+            if item.path.is_relative_to(_HERE):
+                item.add_marker(pytest.mark.timeout(0))
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
     if not {"case", "candidate"} <= set(metafunc.fixturenames):
         return
     from bench.ops.cases import cases

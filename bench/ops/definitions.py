@@ -30,6 +30,7 @@ __all__ = [
     "EXACT",
     "LIGER",
     "NUMPY",
+    "OURS",
     "TORCH",
     "Definition",
     "Fresh",
@@ -46,6 +47,9 @@ TORCH = "torch"
 LIGER = "Liger"
 EXACT = "exact products"
 """Ours, of the same weights in floating point: what products in whole numbers are held against."""
+
+OURS = ("triton", "cpu", "reference")
+"""Our backends, the fastest first."""
 
 MANY_ROWS = 64
 """Rows from which on NumPy is timed, too."""
@@ -362,6 +366,7 @@ def _ranged_attention(size: Sizes, new: Fresh) -> Work:
         ours=ops.ranged_attention,
         plain=plain,
         rivals={TORCH: plain},
+        leaves=("q", "k", "v"),
     )
 
 
@@ -644,9 +649,15 @@ DEFINITIONS: Mapping[str, Definition] = {
     "ranged_attention": Definition(
         op="ranged_attention",
         make=_ranged_attention,
-        functions={"forward": "ranged_attention"},
-        flops={"forward": lambda s: 4 * s["H"] * s["hd"] * _seen(s)},
-        numbers={"forward": lambda s: 2 * s["hd"] * (s["S"] * s["H"] + s["T"] * s["Hkv"])},
+        functions={"forward": "ranged_attention", "backward": "ranged_attention_backward"},
+        flops={
+            "forward": lambda s: 4 * s["H"] * s["hd"] * _seen(s),
+            "backward": lambda s: 10 * s["H"] * s["hd"] * _seen(s),
+        },
+        numbers={
+            "forward": lambda s: 2 * s["hd"] * (s["S"] * s["H"] + s["T"] * s["Hkv"]),
+            "backward": lambda s: 4 * s["hd"] * (s["S"] * s["H"] + s["T"] * s["Hkv"]),
+        },
         rivals=(TORCH,),
         rows="S",
     ),

@@ -16,7 +16,7 @@ import torch
 from bench import rows as results
 from bench.hold import held_suffix
 from bench.ops.cases import Case
-from bench.ops.definitions import DEQUANTISED
+from bench.ops.definitions import DEQUANTISED, OURS
 from bench.ops.memory import bytes_beyond_apart
 from bench.ops.trial import Trial
 from bench.peak import KINDS
@@ -28,7 +28,6 @@ FILE = "ops.csv"
 """Where rows are."""
 
 _PACKAGES = ("torch", "bitsandbytes", "numpy", "triton", "liger-kernel")
-_OURS = ("triton", "cpu", "reference")
 _PEAKS_EVERY = 60.0
 
 
@@ -252,7 +251,7 @@ class Session:
         lines = []
         for case, findings in of_case.items():
             # The fastest backend comes first; where only rivals were chosen, there is none.
-            name = next((name for name in _OURS if name in findings), next(iter(findings)))
+            name = next((name for name in OURS if name in findings), next(iter(findings)))
             ours = findings[name]
             line = [case.model, case.shape, case.dtype]
             line += [f"{_time(ours.seconds[1])} ({name})", f"{100 * self.share(ours)[1]:.0f} %"]

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 CLOCK = Clock()
 
 
-@pytest.mark.timeout(0)
 @pytest.mark.benchmark(timer=CLOCK)
 def test_op(
     benchmark: Any, session: Session, case: Case, candidate: str, together: list[str]

@@ -8,14 +8,14 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from bench.ops.cases import Case, cases
-from bench.ops.definitions import BITSANDBYTES
+from bench.ops.definitions import BITSANDBYTES, LIGER
 from bench.ops.trial import Trial, candidates
 from ladder_kernels.memory.tracing import fake_cuda
 
 __all__ = ["trace", "traced"]
 
-# They need numbers: a format's second level, or the driver.
-_NEED_A_GPU = (BITSANDBYTES, "Liger")
+# They are not traced: their kernels need numbers, or the driver.
+_NEED_A_GPU = (BITSANDBYTES, LIGER)
 
 
 def trace(chosen: str) -> int:

@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench.ops.cases import Case
-from bench.ops.definitions import Fresh, Work, backends, rivals
+from bench.ops.definitions import OURS, Fresh, Work, backends, rivals
 from bench.timing import turns, verified
 from ladder_kernels import ops
 
 __all__ = ["Trial", "candidates", "verify"]
 
 _SAMPLED = 32
-_OURS = ("triton", "cpu", "reference")
 
 Inputs = Mapping[str, Tensor]
 
@@ -54,7 +53,7 @@ class Trial:
     def prepared(self, candidate: str, picked: Tensor | None = None) -> Callable[[], Any]:
         """What one timed call of a candidate is; with ``picked``, one on some tokens only."""
         function = self.work.rivals.get(candidate, self.work.ours)
-        backend = candidate if candidate in _OURS else "auto"
+        backend = candidate if candidate in OURS else "auto"
 
         def run(**given: Tensor) -> Any:
             with ops.use_backend(backend):

@@ -19,9 +19,9 @@ import ladder_kernels as lk
 from bench import rows
 from bench.hold import ISAS
 from bench.memory import bytes_beyond
+from bench.ops import SETS, int8_error
 from bench.ops import __main__ as command
-from bench.ops import int8_error
-from bench.ops.cases import SETS, TABLE, Case, cases
+from bench.ops.cases import TABLE, Case, cases
 from bench.ops.definitions import DEFINITIONS, DEQUANTISED, LIGER, NUMPY, TORCH
 from bench.ops.session import Session
 from bench.ops.tracing import traced
@@ -299,6 +299,7 @@ def _benchmark(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
         [
             *(sys.executable, "-m", "pytest", "bench/ops", "--benchmark-only", "--small"),
             *("--benchmark-quiet", "--seconds", "0", "--at-least", "4", "-p", "no:cacheprovider"),
+            *("-p", "no:timeout"),  # which the benchmarks' own requirements leave out
             *("--results", str(folder), *more),
         ],
         cwd=ROOT,
