@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return trace(given.cases)
     command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "--benchmark-only"]
-    command += ["--benchmark-quiet", "--quiet", "--durations", "0", "--cases", given.cases]
+    command += ["--benchmark-quiet", "--quiet", "--cases", given.cases]
     for option, value in (
         *(("-k", given.k), ("--isa", given.isa), ("--seconds", given.seconds)),
         ("--benchmark-json", given.json),

@@ -219,7 +219,7 @@ TABLE: Sequence[Line] = (
         name="linear_cross_entropy", direction="both", layers=("head",), models=_ONE, memory=True
     ),
     Line(
-        name="linear_cross_entropy", direction="both", layers=("head",), models=_LARGE,
+        name="linear_cross_entropy", direction="both", layers=("head",), models=(QWEN_1_5B,),
         rows=(256,),
     ),
     Line(

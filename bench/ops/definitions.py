@@ -21,6 +21,7 @@ import ladder_kernels as lk
 from bench.random_weights import fill_nf4
 from bench.roofline import Ideal
 from ladder_kernels import nf4, ops
+from ladder_kernels.launch import missing
 from ladder_kernels.nf4 import NF4Weight
 
 __all__ = [
@@ -180,9 +181,8 @@ def backends(definition: Definition, direction: str, device: torch.device) -> li
     fast = "triton" if device.type == "cuda" else "cpu"
     package = nf4.__name__ if definition.op in _FORMATS else f"{ops.__name__}.{definition.op}"
     name = f"{package}.{_MODULES[fast]}"
-    own = importlib.util.find_spec(name) is not None and hasattr(
-        importlib.import_module(name), definition.functions[direction]
-    )
+    there = importlib.util.find_spec(name) is not None and (fast == "cpu" or missing() is None)
+    own = there and hasattr(importlib.import_module(name), definition.functions[direction])
     return [*([fast] if own else []), "reference"]
 
 
