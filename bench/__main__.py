@@ -1,7 +1,9 @@
-"""Run every benchmark: ``python -m bench``, or ``make bench``.
+"""Run the default set of benchmarks: ``python -m bench``, or ``make bench``.
 
-What takes longer is run by itself: ``python -m bench.quantization``, ``bench.smallest`` and
-``python -m bench.learning run``.
+On two cores it takes less than half an hour; what measures GPUs is passed over where there is none.
+What takes longer is run by itself: ``bench.train_step`` in other dtypes and at other contexts and
+shapes, ``bench.tap_cache``, ``bench.planner``, ``bench.smallest``, ``bench.quantization`` and
+``python -m bench.learning run``. ``python -m bench.report`` puts the rows into README.md.
 """
 
 from __future__ import annotations
@@ -12,11 +14,9 @@ import sys
 BENCHES = (
     "bench.ops",
     "bench.train_step",
-    "bench.tap_cache",
     "bench.gpu_step",
     "bench.gpu_memory",
     "bench.triton_kernels",
-    "bench.planner",
 )
 """Each runs in a process of its own."""
 
