@@ -195,7 +195,12 @@ TABLE: Sequence[Line] = (
         models=(QWEN_1_5B, QWEN_7B), set="full",
     ),
     Line(name="nf4_linear_int8", layers=("mlp.down",), models=_ONE, set="quick"),
-    Line(name="nf4_linear_int8", layers=("attn.q",), models=(QWEN_1_5B, QWEN_7B)),
+    Line(name="nf4_linear_int8", layers=("attn.q",), models=(QWEN_1_5B,)),
+    Line(name="nf4_linear_int8", layers=("attn.q",), models=_LARGE, dtypes=("float32",)),
+    Line(
+        name="nf4_linear_int8", layers=("attn.q",), models=_LARGE, dtypes=("bfloat16",),
+        set="full",
+    ),
     Line(
         name="nf4_linear_int8", layers=("mlp.gate", "mlp.down"), models=(QWEN_1_5B, QWEN_7B),
         set="full",
