@@ -88,7 +88,7 @@ constexpr float kCubic[4] = {7.12f, 11.414f, 0.644f, -4.425f};
 // For a number in [-1, 1]; a tie goes to the lower index.
 inline int nearest_centroid(float value) {
   const float cubic = ((value * kCubic[3] + kCubic[2]) * value + kCubic[1]) * value + kCubic[0];
-  const int index = static_cast<int>(cubic);
+  const int index = cubic > 0.0f ? static_cast<int>(cubic) : 0;  // for NaN, too
   return index + (value > kMiddles[index] ? 1 : 0);
 }
 // The same as signed bytes: round(127 * code).
