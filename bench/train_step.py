@@ -8,9 +8,8 @@
 Methods are those of :mod:`bench.methods`: same base, same tokens, as many trained parameters within
 10 %. Each runs in a process of its own, a fresh one in every turn, and they take turns, so that a
 machine's drift hits all alike. Each must lower its loss before its time counts. Measured are the
-seconds of a step and of its forward pass, backward pass and optimizer; in the first turn, in steps
-that are not timed, the bytes of live tensors (``ladder_kernels.memory.meter``), in all and beyond
-the frozen weights, and what the process took (anonymous resident memory, sampled) beyond what it
+seconds of a step and of its forward pass, backward pass and optimizer; and, in a turn before that,
+the bytes of live tensors (``ladder_kernels.memory.meter``), in all and beyond the frozen weights, and what the process took (anonymous resident memory, sampled) beyond what it
 had before it loaded the model; on a GPU, what PyTorch's allocator gave out and held instead.
 
 The base of SmolLM2-135M has real weights; other names are shapes with random ones, which change
@@ -92,6 +91,8 @@ class Measured:
         self.trained = found.trained
         self.memory = found.memory or self.memory
         self.timeline = found.timeline or self.timeline
+        if task.memory:
+            return
         for answers, steps, losses in zip(task.answers, found.steps, found.losses, strict=True):
             self.steps.setdefault(answers, []).extend(steps)
             self.losses[answers] = (losses[0], losses[-1])
@@ -112,22 +113,23 @@ def compare(
     """Run tasks in turns, each in a process of its own.
 
     Args:
-        tasks: By the method's name. Memory is measured in the first turn only.
-        turns: How many.
+        tasks: By the method's name. Memory, if it is to be measured, is in a turn of its own.
+        turns: How many are timed.
         environment: Variables that the processes have besides this one's.
 
     Returns:
         What was found, by name. Of a process that failed the error is on standard error.
     """
     measured = {name: Measured() for name in tasks}
-    for turn in range(turns):
+    memory = any(task.memory for task in tasks.values())
+    for turn in range(0 if memory else 1, turns + 1):
         for name, task in tasks.items():
             if not measured[name].runs:
                 continue
-            task = replace(task, memory=task.memory and turn == 0)
-            found = _in_own_process(task, environment or {})
-            measured[name].add(task, found)
-            print(f"  turn {turn + 1}: {_in_words(name, measured[name])}", flush=True)
+            task = replace(task, memory=turn == 0)
+            measured[name].add(task, _in_own_process(task, environment or {}))
+            what = "memory" if task.memory else f"turn {turn}"
+            print(f"  {what}: {_in_words(name, measured[name])}", flush=True)
     return measured
 
 
@@ -159,8 +161,10 @@ def _in_words(name: str, measured: Measured) -> str:
         return f"{name}: failed"
     if measured.refused:
         return f"{name}: not run: {measured.refused}"
-    times = ", ".join(f"{measured.seconds(answers):.2f} s" for answers in measured.steps)
-    return f"{name}: {times}"
+    found = [f"{measured.seconds(answers):.2f} s" for answers in measured.steps]
+    if not found:
+        found = [f"{measured.memory['live beyond the weights'] / 1e6:,.0f} MB beyond the weights"]
+    return f"{name}: {', '.join(found)}"
 
 
 # Rows -----------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def _figures(measured: Measured, answers: int) -> Iterator[tuple[str, tuple[floa
     yield "parameters: trained", (measured.trained,) * 3
     for when, loss in zip(("first", "last"), measured.losses[answers], strict=True):
         yield f"loss: {when}", (loss,) * 3
-    if answers == min(measured.steps):
+    if answers == min(measured.steps, default=answers):
         for what, number in measured.memory.items():
             yield f"bytes: {what}", (number,) * 3
 

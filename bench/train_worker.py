@@ -49,7 +49,7 @@ class Task:
         answers: The loss is on one token in so many; one measurement for each.
         seconds: Steps are timed for about so long, for each of ``answers``.
         at_least: So many steps are timed, however long they are.
-        memory: Whether to measure it, too, with the first of ``answers``.
+        memory: Whether to measure that instead, with the first of ``answers``.
         limit: Bytes that the process may map for itself beyond what it has before the model is
             loaded; ``None`` for no limit.
         threads: Of a CPU; ``None`` for PyTorch's choice.
@@ -152,14 +152,14 @@ def _measure(task: Task, found: Found) -> None:
     trainee = METHODS[task.method](work)
     found.trained = trainee.trained
     with trainee.resources:
-        for answers in task.answers:
+        for answers in task.answers[:1] if task.memory else task.answers:
             batch = random_batch(work.sizes.vocabulary, task, answers)
             losses: list[torch.Tensor] = []
-            if task.memory and not found.memory:
+            if task.memory:
                 found.memory, found.timeline = _memory(trainee, batch, losses, device, before)
             else:
                 take_step(trainee, batch, losses)
-            found.steps.append(_timed(trainee, batch, losses, task, device))
+                found.steps.append(_timed(trainee, batch, losses, task, device))
             found.losses.append([loss.item() for loss in losses])
             check(task.method, found.losses[-1])
 
@@ -301,8 +301,10 @@ def _limited(more: int | None) -> Iterator[None]:
 
 def main() -> None:
     """Do the task that is on standard input; what was found goes to the file in ``argv[1]``."""
-    return_freed_memory()
-    found = run(Task(**json.load(sys.stdin)))
+    task = Task(**json.load(sys.stdin))
+    if task.memory:  # which costs time
+        return_freed_memory()
+    found = run(task)
     Path(sys.argv[1]).write_text(json.dumps(asdict(found)), encoding="utf-8")
 
 

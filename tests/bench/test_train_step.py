@@ -36,7 +36,7 @@ def task(base):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_as_much_and_learns(task, base, name):
-    task = replace(task, method=name, answers=(1, 4), memory=True, at_least=2)
+    task = replace(task, method=name, answers=(1, 4), at_least=2)
     work = Work(base=base, dtype=torch.float32, rank=16, device=torch.device("cpu"))
     found = train_worker.run(task)
     assert found.fits
@@ -47,6 +47,8 @@ def test_every_method_trains_as_much_and_learns(task, base, name):
     assert [len(steps) for steps in found.steps] == [2, 2]
     assert all(len(phases) == 3 for steps in found.steps for phases in steps)
     assert all(losses[-1] < losses[0] for losses in found.losses)
+    found = train_worker.run(replace(task, memory=True))
+    assert not found.steps
     memory = found.memory
     assert memory["live at the peak"] == memory["weights"] + memory["live beyond the weights"]
     assert memory["live beyond the weights"] > 0
