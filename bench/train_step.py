@@ -9,8 +9,9 @@ Methods are those of :mod:`bench.methods`: same base, same tokens, as many train
 10 %. Each runs in a process of its own, a fresh one in every turn, and they take turns, so that a
 machine's drift hits all alike. Each must lower its loss before its time counts. Measured are the
 seconds of a step and of its forward pass, backward pass and optimizer; and, in a turn before that,
-the bytes of live tensors (``ladder_kernels.memory.meter``), in all and beyond the frozen weights, and what the process took (anonymous resident memory, sampled) beyond what it
-had before it loaded the model; on a GPU, what PyTorch's allocator gave out and held instead.
+the bytes of live tensors (``ladder_kernels.memory.meter``), in all and beyond the frozen weights,
+and what the process took (anonymous resident memory, sampled) beyond what it had before it loaded
+the model; on a GPU, what PyTorch's allocator gave out and held instead.
 
 The base of SmolLM2-135M has real weights; other names are shapes with random ones, which change
 neither time nor memory. A method that needs more memory than is free is stopped and has a row that
