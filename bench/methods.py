@@ -30,8 +30,8 @@ _WITHIN = 0.1
 _EVERY = 3
 _SLICE = 512
 _MOST = 4096
-# Learning rates of AdamW that lower the loss from the first steps on.
-_SIDE_RATE, _ADAPTER_RATE = 2e-3, 5e-4
+# Of AdamW: so low that the loss falls from the first step on, whatever the method.
+_RATE = 2e-4
 
 
 class UnavailableError(RuntimeError):
@@ -161,10 +161,9 @@ def _ladder(
         work.base, ladder=config(work), dtype=work.dtype, device=work.device, **options
     ).train()
     model.gradient_checkpointing = recompute
-    rate = _ADAPTER_RATE if model.config.ladder_config.adapter_rank else _SIDE_RATE
     # From float32 weights, as a Trainer with bf16=True does; on a CPU float32 costs little there.
     autocast = work.device.type == "cuda" and work.dtype == torch.bfloat16
-    return Trainee(model=model, optimizer=_adamw(model, rate), autocast=autocast)
+    return Trainee(model=model, optimizer=_adamw(model), autocast=autocast)
 
 
 def _kept_taps(work: Work) -> Trainee:
@@ -187,7 +186,7 @@ def _streamed(work: Work) -> Trainee:
         taps="host" if gpu else "device",
     )
     trainee.model.backbone.slice_tokens = _SLICE
-    trainee.optimizer = AdamW8bit(_trained(trainee.model), lr=_SIDE_RATE)
+    trainee.optimizer = AdamW8bit(_trained(trainee.model), lr=_RATE)
     freeing = GradientFreeing(trainee.optimizer, lambda: True)
     trainee.resources.callback(freeing.close)
     return trainee
@@ -200,7 +199,7 @@ def _qlora(work: Work, *, ours: bool = False, **options: bool) -> Trainee:
     model = peft_qlora(work.base, dtype=work.dtype, rank=work.rank, device=work.device, **options)
     if ours:
         lk.accelerate_4bit(model)
-    return Trainee(model=model, optimizer=_adamw(model, _ADAPTER_RATE))
+    return Trainee(model=model, optimizer=_adamw(model))
 
 
 def _liger(work: Work) -> Trainee:
@@ -223,11 +222,11 @@ def _side_network(work: Work, kind: type[PlainLadder]) -> Trainee:
     width = fitted(count, parameters_of_qlora(work), step=4)
     base = transformers_base(work.base, work.dtype, work.device)
     model = kind(base, width=width).to(work.device).train()
-    return Trainee(model=model, optimizer=_adamw(model, _SIDE_RATE))
+    return Trainee(model=model, optimizer=_adamw(model))
 
 
-def _adamw(model: Any, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(_trained(model), lr=rate)
+def _adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(_trained(model), lr=_RATE)
 
 
 def _trained(model: Any) -> list[torch.nn.Parameter]:
