@@ -236,6 +236,7 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
 METHODS: Mapping[str, Make] = {
     "ladder": functools.partial(_ladder, config=_plain),
     "ladder, int8 activations": functools.partial(_ladder, config=_plain, activations="int8"),
+    "ladder, recomputed": functools.partial(_ladder, config=_plain, recompute=True),
     "ladder, kept taps": _kept_taps,
     "ladder, streamed": _streamed,
     "ladder at every layer": functools.partial(_ladder, config=_every_layer),
@@ -257,7 +258,8 @@ METHODS: Mapping[str, Make] = {
 }
 """How to make each method, by name.
 
-"ladder" is plain: MLP rungs at every third layer, nothing of the model kept. "Kept taps": from the
+"ladder" is plain: MLP rungs at every third layer, nothing of the model kept. "Recomputed": what
+can run again in the backward pass does. "Kept taps": from the
 second step on a batch they come from files. "Streamed": weights from their file (on a GPU: from
 the host's memory, taps there too), a recomputed side pass, slices of tokens, 8-bit AdamW, gradients
 freed as they are applied. "Recommended" re-enters below the upper half of the layers, with adapters

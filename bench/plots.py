@@ -105,6 +105,7 @@ class Mark:
 METHODS: Mapping[str, Mark] = {
     "ladder": Mark(_BLUE),
     "ladder, int8 activations": Mark(_BLUE, "s", "--"),
+    "ladder, recomputed": Mark(_BLUE, "P", "--"),
     "ladder, streamed": Mark(_BLUE, "v", ":"),
     "ladder at every layer": Mark(_BLUE, "^", "-."),
     "ladder, kept taps": Mark(_CYAN, "D"),

@@ -54,6 +54,7 @@ _EVERY = "B=1 S=2048 loss on 1 in 1"
 _TENTH = "B=1 S=2048 loss on 1 in 10"
 _CONTEXTS = (512, 1024, 2048, 4096, 8192)
 _LIVE = "bytes: live beyond the weights"
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _QLORA = ("QLoRA", "QLoRA, checkpointed", "QLoRA, Liger loss")
 _ACROSS = (
     "ladder", "ladder, kept taps", "recommended ladder", "recommended ladder, recomputed",
@@ -134,40 +135,68 @@ def _steps(dtype: str, command: str, **where: str) -> Source:
     )
 
 
+_EVERY_TOKEN, _ONE_IN_TEN = "loss on every token", "on one in ten"
+
+
+def _times_as_fast(label: str, candidate: str, dtype: str, to: tuple[str, ...]) -> Line:
+    cells = [
+        Ratio(header=header, to=to, where={"shape": shape})
+        for header, shape in ((_EVERY_TOKEN, _EVERY), (_ONE_IN_TEN, _TENTH))
+    ]
+    return Line((label,), {"candidate": candidate, "dtype": dtype}, cells)
+
+
+def _times_as_small(of: str, dtype: str, to: str) -> Line:
+    ratio = Ratio(header=_EVERY_TOKEN, to=(to,), metric=_LIVE, where={"shape": _EVERY})
+    label = f"bytes beyond the weights, {_SHORT[dtype]}: {to} against {of}"
+    where = {"candidate": of, "dtype": dtype}
+    return Line((label,), where, (ratio, Blank(header=_ONE_IN_TEN)))
+
+
 def _comparison() -> Table:
     """What the ladder takes against its rivals: each cell is a ratio."""
-    every, tenth = "loss on every token", "on one in ten"
-
-    def speed(label: str, candidate: str, dtype: str, to: tuple[str, ...]) -> Line:
-        cells = [
-            Ratio(header=header, to=to, where={"shape": shape})
-            for header, shape in ((every, _EVERY), (tenth, _TENTH))
-        ]
-        return Line((label,), {"candidate": candidate, "dtype": dtype}, cells)
-
-    def memory(label: str, dtype: str, to: str) -> Line:
-        ratio = Ratio(header=every, to=(to,), metric=_LIVE, where={"shape": _EVERY})
-        return Line((label,), {"candidate": "ladder", "dtype": dtype}, (ratio, Blank(header=tenth)))
-
     lines = []
-    for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
+    for dtype, short in _SHORT.items():
         lines += [
-            speed(f"tokens/s, {short}: {of} against {to}", of, dtype, rivals)
+            _times_as_fast(f"tokens/s, {short}: {of} against {to}", of, dtype, rivals)
             for of, to, rivals in (
                 ("ladder", "the best QLoRA", _QLORA),
-                ("ladder", "plain LST", ("plain LST",)),
+                ("ladder, int8 activations", "the best QLoRA", _QLORA),
                 ("ladder, kept taps", "the best QLoRA", _QLORA),
+                ("ladder", "plain LST", ("plain LST",)),
                 ("QLoRA on our kernels", "QLoRA", ("QLoRA",)),
             )
         ]
         lines += [
-            memory(f"bytes beyond the weights, {short}: {to} against ladder", dtype, to)
+            _times_as_small(of, dtype, to)
+            for of in ("ladder", "ladder, recomputed")
             for to in ("QLoRA", "QLoRA, checkpointed", "plain LST")
         ]
+    return _compared("comparison", lines, PROCESSOR, _STEP)
+
+
+def _comparison_avx2() -> Table:
+    """The same where PyTorch's products of bfloat16 are slow."""
+    lines = [
+        _times_as_fast(f"tokens/s, bf16: {of} against {to}", of, "bfloat16", (to,))
+        for of, to in (
+            ("ladder", "QLoRA"),
+            ("ladder", "plain LST"),
+            ("QLoRA on our kernels", "QLoRA"),
+        )
+    ]
+    only = [Line(line.labels, line.where, (line.cells or ())[:1]) for line in lines]
+    return _compared("comparison-avx2", only, HELD_TO_AVX2, f"{_STEP} --isa avx2")
+
+
+def _compared(name: str, lines: Sequence[Line], machine: Machine, command: str) -> Table:
     return Table(
-        name="comparison",
+        name=name,
         source=Source(
-            file="train_step.csv", command=_STEP, where={"bench": "train_step", "model": _SMOL}
+            file="train_step.csv",
+            command=command,
+            where={"bench": "train_step", "model": _SMOL},
+            machine=machine,
         ),
         lines=lines,
         columns=lines[0].cells or (),
@@ -636,6 +665,7 @@ def _quantization() -> Table:
 
 _ALL_TABLES: Sequence[Table] = (
     _comparison(),
+    _comparison_avx2(),
     _train_step("train-step-float32", _SMOL, "float32", PROCESSOR, _STEP),
     _train_step("train-step-bfloat16", _SMOL, "bfloat16", PROCESSOR, _STEP),
     _train_step("train-step-float32-avx2", _SMOL, "float32", HELD_TO_AVX2, f"{_STEP} --isa avx2"),

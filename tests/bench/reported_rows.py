@@ -12,6 +12,7 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192)
 METHODS = {
     "ladder": (1000, 160),
     "ladder, int8 activations": (1250, 165),
+    "ladder, recomputed": (940, 110),
     "ladder, kept taps": (2400, 190),
     "ladder, streamed": (640, 75),
     "ladder at every layer": (620, 300),
