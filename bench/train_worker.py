@@ -8,6 +8,7 @@ fails by itself, and says so, before the machine is in trouble.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import resource
@@ -161,8 +162,7 @@ def _measure(task: Task, found: Found) -> None:
                 take_step(trainee, batch, losses)
                 found.steps.append(_timed(trainee, batch, losses, task, device))
             found.losses.append([loss.item() for loss in losses])
-        # The further ones go on with what is trained: one whose loss fell there has learnt.
-        check(task.method, found.losses[0])
+        check(task.method, found.losses)
 
 
 def random_batch(vocabulary: int, task: Task, answers: int) -> dict[str, torch.Tensor]:
@@ -217,15 +217,21 @@ def _timed(
     return steps
 
 
-def check(method: str, losses: list[float]) -> None:
+def check(method: str, losses: Sequence[Sequence[float]]) -> None:
     """Refuse a method that does not learn.
 
+    Args:
+        method: Its name.
+        losses: Of its steps, in order, by what the loss is on; the steps of all but the first go on
+            with what those before have trained.
+
     Raises:
-        RuntimeError: A loss is not finite, or they do not fall.
+        RuntimeError: A loss is not finite, or the first ones do not fall.
     """
-    if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
+    first = losses[0]
+    if not all(map(math.isfinite, itertools.chain(*losses))) or not first[-1] < first[0]:
         raise RuntimeError(
-            f"{method}: its loss went from {losses[0]:.4f} to {losses[-1]:.4f}; not timed"
+            f"{method}: its loss went from {first[0]:.4f} to {first[-1]:.4f}; not timed"
         )
 
 
