@@ -17,10 +17,20 @@ __all__ = ["peft_qlora", "peft_qlora_on", "transformers_base"]
 
 
 def transformers_base(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """A checkpoint in NF4 as transformers and bitsandbytes load it."""
+    """A checkpoint in NF4 as transformers and bitsandbytes load it, with all products in ``dtype``.
+
+    The checkpoint names the dtype that it was made in, and bitsandbytes would multiply in that.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device))
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = dtype
+            state: Any = layer.weight.quant_state
+            state.dtype = dtype
+    return model
 
 
 def peft_qlora(
