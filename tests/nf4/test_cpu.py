@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -102,6 +105,27 @@ def test_sizes(isa, dtype, numel, use_isa, assert_same_bits):
             with use_backend("reference"):
                 wanted = ours.dequantize(output)
             assert_same_bits(cpu.dequantize(ours, 0, numel, output), wanted)
+
+
+_DENORMAL = """
+import torch
+import ladder_kernels as lk
+
+torch.set_num_threads(1)
+assert torch.set_flush_denormal(True)
+for dtype in (torch.float32, torch.bfloat16):
+    weight = (torch.linspace(-1, 1, 64 * 9 + 7) * 1e-42).to(dtype)
+    packed = lk.quantize_nf4(weight.view(1, -1)).packed
+    assert packed.numel() == 64 * 9 // 2 + 4
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_denormal_numbers_that_are_taken_for_zero(isa):
+    """As in a process that loaded a library made with -ffast-math."""
+    environment = {**os.environ, "LADDER_KERNELS_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", _DENORMAL], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("isa", ISAS)
