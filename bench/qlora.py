@@ -17,19 +17,16 @@ __all__ = ["peft_qlora", "peft_qlora_on", "transformers_base"]
 
 
 def transformers_base(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """A checkpoint in NF4 as transformers and bitsandbytes load it, with all products in ``dtype``.
+    """A checkpoint in NF4 as transformers and bitsandbytes load it.
 
-    The checkpoint names the dtype that it was made in, and bitsandbytes would multiply in that.
+    Raises:
+        RuntimeError: It was made in another dtype, which it would be loaded and multiplied in.
     """
-    from bitsandbytes.nn.modules import Linear4bit
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=str(device))
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            layer.compute_dtype = dtype
-            state: Any = layer.weight.quant_state
-            state.dtype = dtype
+    if model.dtype != dtype:
+        raise RuntimeError(f"{folder} was made in {model.dtype}, and {dtype} was asked for")
     return model
 
 

@@ -71,7 +71,12 @@ class Step:
 
 
 def random_base(
-    name: str, folder: Path, *, layers: int | None = None, quantize_head: bool = True
+    name: str,
+    folder: Path,
+    *,
+    layers: int | None = None,
+    quantize_head: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Write a base of a known shape with random NF4 weights, unless it is there.
 
@@ -81,6 +86,7 @@ def random_base(
         layers: Keep so many layers of it; default all.
         quantize_head: Whether a head that is not the embeddings is NF4, too; transformers does not
             load such a file.
+        dtype: Of what is not NF4.
 
     Returns:
         The base's folder.
@@ -97,8 +103,11 @@ def random_base(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     quantize_head = quantize_head and not config.tie_word_embeddings
-    float_head = "" if quantize_head or config.tie_word_embeddings else "-float-head"
-    base = folder / f"{name}-{config.num_hidden_layers}{float_head}"
+    base = folder / f"{name}-{config.num_hidden_layers}"
+    if not quantize_head and not config.tie_word_embeddings:
+        base = base.with_name(f"{base.name}-float-head")
+    if dtype != torch.bfloat16:
+        base = base.with_name(f"{base.name}-{str(dtype).removeprefix('torch.')}")
     if not base.exists():
         shapes = Architecture.of(config).shapes(tied=bool(config.tie_word_embeddings))
         quantize_model(
@@ -106,7 +115,7 @@ def random_base(
             config,
             base,
             quantization=Quantization(quantize_head=quantize_head),
-            dtype=torch.bfloat16,
+            dtype=dtype,
         )
     return base
 

@@ -303,8 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        base, model = _base(given.model, Path(folder))
+        bases = {dtype: _base(given.model, dtype, Path(folder)) for dtype in given.dtype}
         for dtype, context, batch in itertools.product(given.dtype, given.context, given.batch):
+            base, model = bases[dtype]
             task = Task(
                 method="",
                 base=str(base),
@@ -340,16 +341,18 @@ def _report(given: Any, task: Task, model: str) -> int:
     return sum(each.failed for each in measured.values())
 
 
-def _base(name: str, folder: Path) -> tuple[Path, str]:
-    """A base in NF4, and what rows call it."""
+def _base(name: str, dtype: str, folder: Path) -> tuple[Path, str]:
+    """A base in NF4, made in a dtype, in which transformers then loads it; what rows call it."""
+    made_in = getattr(torch, dtype)
     if name != _REAL:
-        base = random_base(name, Path("build/bases").absolute(), quantize_head=False)
+        kept = Path("build/bases").absolute()
+        base = random_base(name, kept, quantize_head=False, dtype=made_in)
         return base, f"{name}, random weights"
     from ladder_kernels.demo import find_weights
     from ladder_kernels.models.loading import load_backbone
 
-    base = folder / "base"
-    load_backbone(find_weights()).save_pretrained(base)
+    base = folder / dtype
+    load_backbone(find_weights(), dtype=made_in).save_pretrained(base)
     return base, name
 
 
