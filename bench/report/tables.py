@@ -324,8 +324,8 @@ class Table:
         ]
 
     def text(self) -> str:
-        """The table and where it comes from, in Markdown."""
-        filled = self.filled()
+        """The table and where it comes from, in Markdown; without the lines that have no row."""
+        filled = [(line, cells) for line, cells in self.filled() if any(c.rows for c in cells)]
         header = [*self.heads, *(column.header for column in self.columns)]
         body = [[*line.labels, *(cell.text for cell in cells)] for line, cells in filled]
         used = dict.fromkeys(row for _, cells in filled for cell in cells for row in cell.rows)

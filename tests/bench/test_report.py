@@ -115,6 +115,8 @@ def test_missing_rows_are_empty_and_said(written):
         "tokens/s, loss on 1 in 10; against QLoRA, 1 in 10."
     ]
     assert lines_of("train-step-bfloat16")["ladder"] == [""] * 8
+    assert "| ladder |" not in TABLES["train-step-bfloat16"].text()
+    assert "| ladder |" in TABLES["train-step-float32"].text()
     assert len(TABLES["train-step-bfloat16"].missing()) == len(METHODS)
     last = TABLES["train-step-bfloat16"].text().splitlines()[-1]
     assert last.startswith("<sub>No rows yet: `python -m bench.train_step")
