@@ -185,9 +185,9 @@ class AgainstContext:
         figure.text(0.012, 0.012, "\n".join(said), fontsize=9)
 
 
-def _plain_log(axis: Any) -> None:
-    """Ticks at 1, 2 and 5 of every power of ten, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+def _plain_log(axis: Any, digits: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Ticks at some digits of every power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=digits))
     axis.set_major_formatter(FuncFormatter(plain_number))
     axis.set_minor_formatter(NullFormatter())
 
@@ -415,7 +415,7 @@ class Roofline:
         for (_, x), ys in by_work.items():
             axes.plot([x, x], [min(ys), max(ys)], color=theme.ink, lw=0.5, alpha=0.4, zorder=1)
         self._draw_roofs(axes, rows, theme)
-        _plain_log(axes.xaxis)
+        _plain_log(axes.xaxis, (1.0, 3.0))
         _plain_log(axes.yaxis)
         axes.set_xlabel("arithmetic intensity, FLOP/byte")
         axes.set_ylabel("GFLOP/s")
