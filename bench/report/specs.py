@@ -84,6 +84,7 @@ def _train_step(name: str, model: str, dtype: str, machine: Machine, command: st
         ),
         heads=("method",),
         lines=_named(tuple(METHODS)),
+        sparse=True,
         columns=(
             Column(header="trained", metrics=("parameters: trained",), text=millions, where=every),
             Column(header="tokens/s", text=_rate, where=every),
@@ -110,6 +111,7 @@ def _contexts(dtype: str) -> list[Table]:
             source=_steps(dtype, _ACROSS_CONTEXTS),
             heads=(note,),
             lines=_named(_ACROSS),
+            sparse=True,
             columns=tuple(
                 Column(
                     header=f"{context:,}",
@@ -200,6 +202,7 @@ def _compared(name: str, lines: Sequence[Line], machine: Machine, command: str) 
         ),
         lines=lines,
         columns=lines[0].cells or (),
+        sparse=True,
     )
 
 

@@ -306,6 +306,7 @@ class Table:
         heads: Above the labels.
         lines: In order, or made of the rows.
         columns: In order.
+        sparse: Whether lines that have no row at all are left out of the text.
     """
 
     name: str
@@ -313,6 +314,7 @@ class Table:
     heads: tuple[str, ...] = ("",)
     lines: Sequence[Line] | Callable[[Sequence[Row]], Sequence[Line]]
     columns: Sequence[Cell]
+    sparse: bool = False
 
     def filled(self) -> list[tuple[Line, list[Filled]]]:
         """The lines and their cells."""
@@ -324,8 +326,12 @@ class Table:
         ]
 
     def text(self) -> str:
-        """The table and where it comes from, in Markdown; without the lines that have no row."""
-        filled = [(line, cells) for line, cells in self.filled() if any(c.rows for c in cells)]
+        """The table and where it comes from, in Markdown."""
+        filled = [
+            (line, cells)
+            for line, cells in self.filled()
+            if not self.sparse or any(cell.rows for cell in cells)
+        ]
         header = [*self.heads, *(column.header for column in self.columns)]
         body = [[*line.labels, *(cell.text for cell in cells)] for line, cells in filled]
         used = dict.fromkeys(row for _, cells in filled for cell in cells for row in cell.rows)
