@@ -114,7 +114,7 @@ def test_missing_rows_are_empty_and_said(written):
         "table train-step-float32: train_step.csv has no row for QLoRA, Liger loss: "
         "tokens/s, loss on 1 in 10; against QLoRA, 1 in 10."
     ]
-    assert lines_of("train-step-bfloat16") == {}
+    assert list(lines_of("train-step-bfloat16")) == ["method"]  # its header
     assert "| ladder |" not in TABLES["train-step-bfloat16"].text()
     assert "| ladder |" in TABLES["train-step-float32"].text()
     assert len(TABLES["train-step-bfloat16"].missing()) == len(METHODS)
@@ -452,8 +452,8 @@ def test_lines_hold_what_was_measured(written):
 def test_frontier_goes_through_what_nothing_beats(written):
     figure = plots.make((8, 5), THEMES[0], PLOTS["frontier-float32"].draw)
     corners = figure.axes[0].lines[0]
-    best = {"ladder, streamed": 640, "ladder, recomputed": 940, "ladder": 1000, "ladder, int8 activations": 1250,
-            "ladder, kept taps": 2400}  # fmt: skip
+    best = {"ladder, streamed": 640, "ladder, recomputed": 940, "ladder": 1000,
+            "ladder, int8 activations": 1250, "ladder, kept taps": 2400}  # fmt: skip
     assert sorted(set(np.round(corners.get_ydata()))) == sorted(best.values())
 
 
