@@ -16,8 +16,9 @@ import ladder_kernels as lk
 from bench import rows as results
 from bench.memory import measure
 from ladder_kernels.memory.qlora import qlora_stages
+from ladder_kernels.memory.settings import Settings
 from ladder_kernels.memory.sizes import LadderSizes, ModelSizes
-from ladder_kernels.memory.step import Settings, step_stages
+from ladder_kernels.memory.step import step_stages
 from ladder_kernels.models.shapes import config_of
 
 __all__ = ["COMBINATIONS", "Combination"]

@@ -16,7 +16,7 @@ from ladder_kernels.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from ladder_kernels.memory.planner import Plan, Planner
-    from ladder_kernels.memory.step import Stage
+    from ladder_kernels.memory.settings import Stage
     from ladder_kernels.models.config import LadderConfig
 
 __all__ = ["PlanOptions", "command"]

@@ -16,8 +16,9 @@ from typing import Any
 
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.memory.qlora import qlora_stages
+from ladder_kernels.memory.settings import Settings, Stage
 from ladder_kernels.memory.sizes import LadderSizes, ModelSizes
-from ladder_kernels.memory.step import Settings, Stage, step_stages
+from ladder_kernels.memory.step import step_stages
 from ladder_kernels.models.config import LadderConfig
 from ladder_kernels.nn.slices import SMALLEST_SLICE
 
@@ -130,7 +131,7 @@ class Planner:
         rows: Rows of an optimizer step.
         element: Bytes of a number of the compute dtype.
         choices: What may be chosen, best first, where that is not everything: by field of
-            :class:`~ladder_kernels.memory.step.Settings`, or ``quantize_head``.
+            :class:`~ladder_kernels.memory.settings.Settings`, or ``quantize_head``.
         documents: Whether rows are packed with several documents.
         clips: Whether gradients are clipped to a norm, so that all must be there at once.
         blocksize: Weights that share a scale.

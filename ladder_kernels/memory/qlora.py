@@ -14,8 +14,8 @@ in float32, and so are their logarithmic softmax and its gradient.
 
 from __future__ import annotations
 
+from ladder_kernels.memory.settings import PARTS, Settings, Stage, optimizer_bytes
 from ladder_kernels.memory.sizes import FLOAT32, ModelSizes
-from ladder_kernels.memory.step import PARTS, Settings, Stage, optimizer_bytes
 
 __all__ = ["qlora_stages"]
 

@@ -7,8 +7,8 @@ and :meth:`Backbone.logits` applies the frozen end of the model, through which g
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import nn
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
 from ladder_kernels.memory.placement import ON_DEVICE
 from ladder_kernels.memory.taps import DeviceTaps, TapEncoding, TapPlan, TapRecord, TapStore
+from ladder_kernels.models.frozen_pass import FrozenInput, FrozenPass, Work
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters
 from ladder_kernels.nn.attention import SequenceLayout
@@ -25,7 +26,7 @@ from ladder_kernels.nn.linear import NF4Linear
 from ladder_kernels.nn.slices import SMALLEST_SLICE
 from ladder_kernels.ops import nf4_linear
 
-__all__ = ["Backbone", "FrozenInput", "FrozenPass", "Quantization", "Work"]
+__all__ = ["Backbone", "Quantization"]
 
 
 @dataclass(frozen=True)
@@ -45,62 +46,6 @@ class Quantization:
     double_quant: bool = True
     quantize_head: bool = False
     calibrated: bool = False
-
-
-@dataclass(frozen=True)
-class FrozenInput:
-    """One micro-batch of a frozen pass.
-
-    Attributes:
-        tokens: Ids, int64 ``[B, S]``, or embeddings ``[B, S, D]``, whose gradient is not taken.
-        layout: Positions, padding and documents of the batch.
-        cache: A transformers ``Cache``, or ``None``; layer ``i`` of the backbone uses its layer
-            ``i``.
-        read: bool ``[B, S]``: where the ladder's output is read; ``None`` for everywhere. Padding
-            elsewhere need not be kept.
-    """
-
-    tokens: torch.Tensor
-    layout: SequenceLayout
-    cache: Any = None
-    read: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Work(FrozenInput):
-    """One micro-batch on its way through the layers.
-
-    Attributes:
-        emit: Called with ``t`` and ``h[t]``, ``[B, S, D]``, after each layer. It copies what it
-            needs, so ``h`` may be overwritten afterwards.
-    """
-
-    emit: Callable[[int, torch.Tensor], None] = field(kw_only=True)
-
-
-class FrozenPass:
-    """What a frozen pass leaves behind: ordinary tensors, which autograd may save.
-
-    Args:
-        record: Where they are.
-    """
-
-    def __init__(self, record: TapRecord) -> None:
-        self._record = record
-
-    @property
-    def taps(self) -> Mapping[int, torch.Tensor]:
-        """Residual stream ``h[t]`` for each tapped layer ``t``, ``[B, S, D]``, one at a time.
-
-        In the tap dtype; int8 taps are decoded to the compute dtype. Each look-up may bring the tap
-        to the device anew.
-        """
-        return self._record
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """``h[stop]``, before the final norm, ``[B, S, D]`` in the compute dtype."""
-        return self._record.hidden
 
 
 class Backbone(nn.Module):

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
-from ladder_kernels.models.backbone import Backbone, Quantization, Work
+from ladder_kernels.models.backbone import Backbone, Quantization
+from ladder_kernels.models.frozen_pass import Work
 from ladder_kernels.models.weights import TensorSource, WeightReader
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.linear import FrozenLinear, NF4Linear, move_exactly

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,17 @@ from ladder_kernels.memory.placement import Placement
 from ladder_kernels.memory.tap_stores import tap_store_of
 from ladder_kernels.memory.taps import DeviceTaps, TapStore
 from ladder_kernels.models import checkpoint, pretrained
-from ladder_kernels.models.backbone import Backbone, FrozenInput, FrozenPass
+from ladder_kernels.models.backbone import Backbone
 from ladder_kernels.models.config import (
     LadderConfig,
     LadderModelConfig,
     check_activations,
     tap_dtype_of,
 )
+from ladder_kernels.models.frozen_pass import FrozenInput, FrozenPass
 from ladder_kernels.models.headless import Headless
 from ladder_kernels.models.ladder import Ladder
+from ladder_kernels.models.prefilled import Prefilled
 from ladder_kernels.models.vocabulary import FrozenVocabulary
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.ops import linear_cross_entropy
@@ -96,7 +97,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
         self.ladder = Ladder.for_backbone(config.ladder_config, backbone)
         self.tap_dtype = tap_dtype_of(config.tap_dtype)
         self.tap_store: TapStore = DeviceTaps()
-        self._prefilled: dict[SequenceLayout, _Prefilled] = {}
+        self._prefilled: dict[SequenceLayout, Prefilled] = {}
         self._ladder_enabled = True
         # Of the rungs, the output and the layers above a re-entry; set by transformers'
         # gradient_checkpointing_enable().
@@ -632,7 +633,7 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
             found.append((inputs, FrozenInput(tokens, layout, None, read)))
         passes = self._frozen_passes([given for _, given in found], self.tap_store)
         for (inputs, given), frozen in zip(found, passes, strict=True):
-            self._prefilled[given.layout] = _Prefilled(inputs, given.read, frozen)
+            self._prefilled[given.layout] = Prefilled(inputs, given.read, frozen)
 
     def _before_head(self, y: torch.Tensor) -> torch.Tensor:
         """What the head multiplies: ``y`` after the final norm, scaled as the logits are."""
@@ -704,37 +705,6 @@ class LadderForCausalLM(FrozenVocabulary, PreTrainedModel, GenerationMixin):
                 softcap=backbone.softcap,
                 logit_scale=backbone.logit_scale,
             )
-
-
-@dataclass(frozen=True)
-class _Prefilled:
-    """What :meth:`LadderForCausalLM.prefill` keeps of a micro-batch.
-
-    Attributes:
-        inputs: Tokens or embeddings, mask and positions, as they were given.
-        read: As of its :class:`FrozenInput`.
-        frozen: What its frozen pass left.
-    """
-
-    inputs: tuple[torch.Tensor | None, ...]
-    read: torch.Tensor | None
-    frozen: FrozenPass
-
-    def is_of(self, inputs: tuple[torch.Tensor | None, ...]) -> bool:
-        """Whether these are the inputs."""
-        return all(_same(one, other) for one, other in zip(self.inputs, inputs, strict=True))
-
-    def serves(self, read: torch.Tensor | None) -> bool:
-        """Whether all is kept that is read."""
-        return self.read is None or _same(self.read, read)
-
-
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is other:
-        return True
-    if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other.to(one.device))
 
 
 def _kept(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:

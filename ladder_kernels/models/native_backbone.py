@@ -11,8 +11,9 @@ from transformers.activations import ACT2FN
 
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.models.architecture import Architecture
-from ladder_kernels.models.backbone import Backbone, Quantization, Work
+from ladder_kernels.models.backbone import Backbone, Quantization
 from ladder_kernels.models.calibration import CalibrationPass, LayerInputs
+from ladder_kernels.models.frozen_pass import Work
 from ladder_kernels.models.weights import WeightReader
 from ladder_kernels.nf4 import NF4Weight
 from ladder_kernels.nn.adapter import BlockAdapters

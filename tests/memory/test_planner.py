@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ladder_kernels import LadderConfig
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.memory.planner import RUNTIME, Planner, gigabytes, in_words, parse_bytes
-from ladder_kernels.memory.step import Settings
+from ladder_kernels.memory.settings import Settings
 from ladder_kernels.models.shapes import KNOWN, config_of
 
 LST = LadderConfig.lst(every=1, reduction=16)

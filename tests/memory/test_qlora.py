@@ -12,8 +12,8 @@ from bench.qlora import peft_qlora
 from bench.random_weights import random_backbone
 from ladder_kernels.memory.meter import Meter
 from ladder_kernels.memory.qlora import qlora_stages
+from ladder_kernels.memory.settings import Settings
 from ladder_kernels.memory.sizes import ModelSizes
-from ladder_kernels.memory.step import Settings
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",

@@ -11,8 +11,9 @@ from transformers import AutoConfig
 from bench.memory import Measured, measure
 from ladder_kernels import LadderConfig
 from ladder_kernels.errors import ConfigError
+from ladder_kernels.memory.settings import PARTS, Settings, optimizer_bytes
 from ladder_kernels.memory.sizes import LadderSizes, ModelSizes
-from ladder_kernels.memory.step import PARTS, Settings, optimizer_bytes, step_stages
+from ladder_kernels.memory.step import step_stages
 from ladder_kernels.models.shapes import KNOWN
 
 LST = LadderConfig.lst(every=1, reduction=16)

@@ -14,7 +14,8 @@ from transformers import DynamicCache, StaticCache
 
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
-from ladder_kernels.models.backbone import Backbone, Work
+from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.frozen_pass import Work
 from ladder_kernels.models.loading import backbone_from_transformers
 
 IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))

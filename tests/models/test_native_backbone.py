@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError, UnsupportedModelError
-from ladder_kernels.models.backbone import FrozenInput
+from ladder_kernels.models.frozen_pass import FrozenInput
 from ladder_kernels.models.loading import (
     SUPPORTED_NATIVE,
     backbone_from_transformers,

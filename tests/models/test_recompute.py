@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ladder_kernels import LadderConfig, LadderForCausalLM, use_backend
-from ladder_kernels.models.backbone import Backbone, FrozenPass
+from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.frozen_pass import FrozenPass
 from ladder_kernels.models.ladder import Ladder
 from ladder_kernels.models.loading import backbone_from_transformers
 from ladder_kernels.nn.attention import SequenceLayout

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError
-from ladder_kernels.models.backbone import Backbone, FrozenPass
+from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.frozen_pass import FrozenPass
 from ladder_kernels.models.loading import SUPPORTED_NATIVE, backbone_from_transformers
 from ladder_kernels.nn.attention import SequenceLayout
 from ladder_kernels.nn.linear import FrozenLinear

@@ -29,7 +29,8 @@ from ladder_kernels.memory.ledger import is_file_mapped
 from ladder_kernels.memory.streaming import LayerFiles
 from ladder_kernels.memory.tensor_file import TensorFile
 from ladder_kernels.memory.tracing import fake_cuda
-from ladder_kernels.models.backbone import Backbone, FrozenInput
+from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.frozen_pass import FrozenInput
 from ladder_kernels.models.loading import (
     backbone_from_config,
     backbone_from_transformers,

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import ConfigError
 from ladder_kernels.memory.taps_disk import DiskTaps
-from ladder_kernels.models.backbone import Backbone, Work
+from ladder_kernels.models.backbone import Backbone
+from ladder_kernels.models.frozen_pass import Work
 from ladder_kernels.models.loading import backbone_from_transformers
 
 LADDERS = {

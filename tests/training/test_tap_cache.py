@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from ladder_kernels import LadderConfig, LadderForCausalLM
 from ladder_kernels.errors import BaseMismatchError
 from ladder_kernels.memory.taps import TapWarning
-from ladder_kernels.models.backbone import Work
+from ladder_kernels.models.frozen_pass import Work
 from ladder_kernels.models.loading import load_backbone
 from ladder_kernels.models.native_backbone import NativeBackbone
 from ladder_kernels.training.run import TrainOptions, newest_checkpoint, train
