@@ -26,9 +26,9 @@ import torch
 
 import ladder_kernels as lk
 from bench import rows as results
-from bench.gpu_step import check, forget, methods, random_batch, take_step
+from bench.gpu_step import forget, methods, random_batch, take_step
 from bench.random_weights import random_backbone
-from bench.timing import Quantiles, each
+from bench.timing import Quantiles, check_losses, each
 from ladder_kernels.memory.ledger import CATEGORIES, Usage
 from ladder_kernels.memory.meter import Meter
 from ladder_kernels.models.native_backbone import NativeBackbone
@@ -278,7 +278,7 @@ def measure(
         meter.restart()
         step()
     metered, _ = memory.most()
-    check([loss.item() for loss in losses])
+    check_losses([loss.item() for loss in losses])
     return Measured(
         times=times,
         allocated=allocated,

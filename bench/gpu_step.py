@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ import ladder_kernels as lk
 from bench import rows as results
 from bench.qlora import peft_qlora_on
 from bench.random_weights import random_backbone
-from bench.timing import Quantiles, each
+from bench.timing import Quantiles, check_losses, each
 from ladder_kernels.models.native_backbone import NativeBackbone
 from ladder_kernels.models.shapes import config_of
 
@@ -212,13 +211,13 @@ def measure(
     step = functools.partial(take_step, model, optimizer, batch, losses)
     for _ in range(_FIRST_STEPS):
         step()
-    check([loss.item() for loss in losses])
+    check_losses([loss.item() for loss in losses])
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
     times = each(step, device, calls=steps)
     found = [loss.item() for loss in losses]
-    check(found)
+    check_losses(found)
     return Measured(
         times=times,
         allocated=torch.cuda.max_memory_allocated(device) if gpu else 0,
@@ -252,16 +251,6 @@ def take_step(
 def _loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         return model(**batch).loss
-
-
-def check(losses: list[float]) -> None:
-    """Refuse a method that does not learn.
-
-    Raises:
-        RuntimeError: The loss is not finite, or does not fall.
-    """
-    if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
-        raise RuntimeError(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}; not timed")
 
 
 def rows_of(method: str, taken: Measured, *, name: str, context: int) -> Iterator[results.Row]:

@@ -24,7 +24,7 @@ from bench.qlora import peft_qlora, transformers_base
 from ladder_kernels.memory.sizes import LadderSizes, ModelSizes
 from ladder_kernels.training.freeing import GradientFreeing
 
-__all__ = ["METHODS", "Trainee", "UnavailableError", "Work", "fitted", "parameters_of_qlora"]
+__all__ = ["METHODS", "Trainee", "Work", "fitted", "parameters_of_qlora"]
 
 _WITHIN = 0.1
 _EVERY = 3
@@ -32,10 +32,6 @@ _SLICE = 512
 _MOST = 4096
 # Of AdamW: so low that the loss falls from the first step on, whatever the method.
 _RATE = 2e-4
-
-
-class UnavailableError(RuntimeError):
-    """A method cannot run here; says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,12 +198,6 @@ def _qlora(work: Work, *, ours: bool = False, **options: bool) -> Trainee:
     return Trainee(model=model, optimizer=_adamw(model))
 
 
-def _liger(work: Work) -> Trainee:
-    if work.device.type != "cuda":
-        raise UnavailableError("Liger's loss is a Triton kernel, and Triton needs a GPU")
-    return _qlora(work, liger_loss=True)
-
-
 def _side_network(work: Work, kind: type[PlainLadder]) -> Trainee:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -250,7 +240,7 @@ METHODS: Mapping[str, Make] = {
     ),
     "QLoRA": _qlora,
     "QLoRA, checkpointed": functools.partial(_qlora, checkpointing=True),
-    "QLoRA, Liger loss": _liger,
+    "QLoRA, Liger loss": functools.partial(_qlora, liger_loss=True),
     "QLoRA on our kernels": functools.partial(_qlora, ours=True),
     "QLoRA on our kernels, checkpointed": functools.partial(_qlora, ours=True, checkpointing=True),
     "plain LST": functools.partial(_side_network, kind=PlainLST),

@@ -13,7 +13,11 @@ from ladder_kernels.nf4 import NF4Weight
 if TYPE_CHECKING:
     from ladder_kernels.models.native_backbone import NativeBackbone
 
-__all__ = ["peft_qlora", "peft_qlora_on", "transformers_base"]
+__all__ = ["UnavailableError", "peft_qlora", "peft_qlora_on", "transformers_base"]
+
+
+class UnavailableError(RuntimeError):
+    """A method cannot run here; says why."""
 
 
 def transformers_base(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
@@ -50,7 +54,7 @@ def peft_qlora(
         device: Where.
 
     Raises:
-        RuntimeError: Liger's kernels cannot run here.
+        UnavailableError: Liger's kernels cannot run here.
     """
     return _adapted(transformers_base(base, dtype, device), rank, checkpointing, liger_loss)
 
@@ -67,7 +71,7 @@ def peft_qlora_on(
         liger_loss: Whether the loss is Liger's fused linear cross entropy.
 
     Raises:
-        RuntimeError: Liger's kernels cannot run here.
+        UnavailableError: Liger's kernels cannot run here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -130,7 +134,7 @@ def _adapted(model: Any, rank: int, checkpointing: bool, liger_loss: bool) -> An
 def _take_liger_loss(model: Any) -> None:
     """Give ``model`` Liger's fused linear cross entropy, and no other kernel of Liger's."""
     if model.device.type != "cuda":
-        raise RuntimeError(
+        raise UnavailableError(
             f"Liger's loss is a Triton kernel, and Triton has no driver for {model.device}: it "
             "needs a GPU"
         )
@@ -139,6 +143,6 @@ def _take_liger_loss(model: Any) -> None:
 
     model_type = model.config.model_type
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise RuntimeError(f"Liger has no kernels for models of type '{model_type}'")
+        raise UnavailableError(f"Liger has no kernels for models of type '{model_type}'")
     options = {"rope": False, "rms_norm": False, "swiglu": False, "cross_entropy": False}
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=True, **options)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-__all__ = ["Quantiles", "alternate", "each", "turns", "verified"]
+__all__ = ["Quantiles", "alternate", "check_losses", "each", "turns", "verified"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,21 @@ def each(call: Callable[[], object], device: torch.device, *, calls: int) -> Qua
 def _quantiles(seconds: list[float]) -> Quantiles:
     low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8))
     return Quantiles(low=low, median=median, high=high, calls=len(seconds))
+
+
+def check_losses(losses: Sequence[float], *further: Sequence[float]) -> None:
+    """Refuse a method that does not learn: its steps are not to be timed.
+
+    Args:
+        losses: Of its steps, in order.
+        further: Of steps on other labels that go on with what those have trained.
+
+    Raises:
+        RuntimeError: A loss is not finite, or the first ones do not fall.
+    """
+    finite = all(map(math.isfinite, itertools.chain(losses, *further)))
+    if not finite or not losses[-1] < losses[0]:
+        raise RuntimeError(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}; not timed")
 
 
 def verified(

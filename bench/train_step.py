@@ -24,11 +24,12 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,6 @@ _PACKAGES = ("transformers", "peft", "bitsandbytes")
 _PHASES = ("forward", "backward", "optimizer")
 # Left to the system, and to what a process maps and does not touch.
 _SPARE = 1 << 30
-_TOO_LONG = 3600.0
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,11 @@ class Measured:
 
 
 def compare(
-    tasks: Mapping[str, Task], *, turns: int, environment: Mapping[str, str] | None = None
+    tasks: Mapping[str, Task],
+    *,
+    turns: int,
+    environment: Mapping[str, str] | None = None,
+    after_turn: Callable[[Mapping[str, Measured]], object] | None = None,
 ) -> dict[str, Measured]:
     """Run tasks in turns, each in a process of its own.
 
@@ -117,6 +121,7 @@ def compare(
         tasks: By the method's name. Memory, if it is to be measured, is in a turn of its own.
         turns: How many are timed.
         environment: Variables that the processes have besides this one's.
+        after_turn: Called with what was found so far, so that none of it is lost.
 
     Returns:
         What was found, by name. Of a process that failed the error is on standard error.
@@ -131,6 +136,8 @@ def compare(
             measured[name].add(task, _in_own_process(task, environment or {}))
             what = "memory" if task.memory else f"turn {turn}"
             print(f"  {what}: {_in_words(name, measured[name])}", flush=True)
+        if after_turn is not None:
+            after_turn(measured)
     return measured
 
 
@@ -144,12 +151,11 @@ def _in_own_process(task: Task, environment: Mapping[str, str]) -> Found | None:
             stderr=subprocess.PIPE,
             text=True,
             check=False,
-            timeout=_TOO_LONG,
             env={**os.environ, **environment},
         )
         if file.exists():
             return Found(**json.loads(file.read_text(encoding="utf-8")))
-    if done.returncode < 0 and task.limit is not None:  # killed by the system, out of memory
+    if done.returncode == -signal.SIGKILL and task.limit is not None:  # as out of memory
         return Found(fits=False)
     print(done.stderr, file=sys.stderr)
     return None
@@ -207,13 +213,14 @@ def _figures(measured: Measured, answers: int) -> Iterator[tuple[str, tuple[floa
     if measured.refused:
         yield "not run", (0.0,) * 3
         return
-    steps = measured.steps[answers]
-    yield "seconds", _quantiles([sum(step) for step in steps])
-    for phase, times in zip(_PHASES, zip(*steps, strict=True), strict=True):
-        yield f"seconds: {phase}", _quantiles(times)
+    steps = measured.steps.get(answers)
+    if steps:
+        yield "seconds", _quantiles([sum(step) for step in steps])
+        for phase, times in zip(_PHASES, zip(*steps, strict=True), strict=True):
+            yield f"seconds: {phase}", _quantiles(times)
+        for when, loss in zip(("first", "last"), measured.losses[answers], strict=True):
+            yield f"loss: {when}", (loss,) * 3
     yield "parameters: trained", (measured.trained,) * 3
-    for when, loss in zip(("first", "last"), measured.losses[answers], strict=True):
-        yield f"loss: {when}", (loss,) * 3
     if answers == min(measured.steps, default=answers):
         for what, number in measured.memory.items():
             yield f"bytes: {what}", (number,) * 3
@@ -327,17 +334,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(given: Any, task: Task, model: str) -> int:
     """Measure, print, write rows; returns how many methods failed."""
-    tasks = {name: replace(task, method=name) for name in given.only}
-    measured = compare(tasks, turns=given.turns, environment=held(given.isa))
-    suffix = held_suffix(given.isa)
-    found, timeline = [], []
-    for name, each in measured.items():
-        found += rows_of(name, task, each, model=model, suffix=suffix)
-        if name in given.timeline:
-            timeline += timeline_rows(name, task, each, model=model, suffix=suffix)
-    if timeline:
-        results.write(timeline, _TIMELINE)
-    results.report(found, _FILE, *table_of(task, measured))
+    about = {"model": model, "suffix": held_suffix(given.isa)}
+
+    def write(measured: Mapping[str, Measured]) -> list[results.Row]:
+        found, timeline = [], []
+        for name, each in measured.items():
+            found += rows_of(name, task, each, **about)
+            if name in given.timeline:
+                timeline += timeline_rows(name, task, each, **about)
+        results.write(found, _FILE)
+        if timeline:
+            results.write(timeline, _TIMELINE)
+        return found
+
+    measured = compare(
+        {name: replace(task, method=name) for name in given.only},
+        turns=given.turns,
+        environment=held(given.isa),
+        after_turn=write,
+    )
+    results.report(write(measured), _FILE, *table_of(task, measured))
     return sum(each.failed for each in measured.values())
 
 

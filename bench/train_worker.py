@@ -8,9 +8,7 @@ fails by itself, and says so, before the machine is in trouble.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import math
 import resource
 import sys
 import time
@@ -22,12 +20,14 @@ from typing import Any
 import torch
 
 from bench.memory import AnonymousMemory, process_bytes
-from bench.methods import METHODS, Trainee, UnavailableError, Work
+from bench.methods import METHODS, Trainee, Work
+from bench.qlora import UnavailableError
+from bench.timing import check_losses
 from ladder_kernels.memory.allocation import return_freed_memory
 from ladder_kernels.memory.ledger import CATEGORIES, Moment, Usage
 from ladder_kernels.memory.meter import Meter
 
-__all__ = ["MOMENTS", "Found", "Task", "check", "random_batch", "run", "take_step"]
+__all__ = ["MOMENTS", "Found", "Task", "random_batch", "run", "take_step"]
 
 MOMENTS = 60
 """Into so many parts the timeline of a step is cut."""
@@ -162,7 +162,7 @@ def _measure(task: Task, found: Found) -> None:
                 take_step(trainee, batch, losses)
                 found.steps.append(_timed(trainee, batch, losses, task, device))
             found.losses.append([loss.item() for loss in losses])
-        check(task.method, found.losses)
+        check_losses(*found.losses)
 
 
 def random_batch(vocabulary: int, task: Task, answers: int) -> dict[str, torch.Tensor]:
@@ -215,24 +215,6 @@ def _timed(
         take_step(trainee, batch, losses, clock)
         steps.append(clock.seconds())
     return steps
-
-
-def check(method: str, losses: Sequence[Sequence[float]]) -> None:
-    """Refuse a method that does not learn.
-
-    Args:
-        method: Its name.
-        losses: Of its steps, in order, by what the loss is on; the steps of all but the first go on
-            with what those before have trained.
-
-    Raises:
-        RuntimeError: A loss is not finite, or the first ones do not fall.
-    """
-    first = losses[0]
-    if not all(map(math.isfinite, itertools.chain(*losses))) or not first[-1] < first[0]:
-        raise RuntimeError(
-            f"{method}: its loss went from {first[0]:.4f} to {first[-1]:.4f}; not timed"
-        )
 
 
 # Memory ---------------------------------------------------------------------------------------

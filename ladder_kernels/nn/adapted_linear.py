@@ -37,10 +37,11 @@ def adapted_linear(
 ) -> Tensor:
     """Compute ``x W^T (+ bias) + scale * (x A^T) B^T``, the second product in the dtype of ``a``.
 
-    Differentiable in every floating argument, any number of times.
+    LoRA (Hu et al. 2021, arXiv:2106.09685, equation 3) on a frozen weight. Differentiable in every
+    floating argument, any number of times.
 
     Args:
-        x: ``[..., K]``.
+        x: ``[..., K]``, float16, bfloat16 or float32.
         weight: ``[N, K]``.
         bias: ``[N]`` in x's dtype, or ``None``.
         a: ``[r, K]``, floating.
@@ -51,6 +52,9 @@ def adapted_linear(
 
     Returns:
         ``[..., N]`` in x's dtype; what the adapter adds is rounded to that, and then the sum.
+
+    Raises:
+        ConfigError: ``x``, ``weight`` and ``bias`` do not fit each other, see :func:`nf4_linear`.
     """
     return _AdaptedLinear.apply(x, seen, a, b, bias, scale, weight)  # type: ignore[return-value]
 

@@ -11,7 +11,8 @@ import torch
 
 from bench import rows, train_step, train_worker
 from bench.hold import held, held_suffix
-from bench.methods import METHODS, Trainee, UnavailableError, Work, fitted, parameters_of_qlora
+from bench.methods import METHODS, Trainee, Work, fitted, parameters_of_qlora
+from bench.qlora import UnavailableError
 from bench.random_weights import random_backbone
 from bench.train_worker import MOMENTS, Found, Task
 from ladder_kernels import LadderConfig, LadderForCausalLM
@@ -74,7 +75,7 @@ def test_checkpointing_takes_less(task):
 
 def test_a_method_that_does_not_learn_is_refused(task, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    with pytest.raises(RuntimeError, match=r"ladder: its loss went from .*; not timed"):
+    with pytest.raises(RuntimeError, match=r"the loss went from .*; not timed"):
         train_worker.run(task)
 
 

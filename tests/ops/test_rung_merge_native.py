@@ -73,11 +73,11 @@ class Case:
             if true.numel() >= 64:  # a maximum over fewer numbers is luck
                 assert_as_accurate(ours, theirs, true)
         if self.mode == "gate":
-            # One sum over all tokens and channels, whose terms may cancel, and are differences.
+            # One sum over all tokens and channels, whose terms may cancel.
             taps, downs = ([t.double() for t in ts] for ts in (self.taps, self.downs))
             z = plain(torch.zeros_like(self.side, dtype=torch.float64), taps, downs, None)
-            terms = self.grad.double().abs() * (self.side.double().abs() + z.abs())
-            allowed = torch.finfo(self.dtype).eps * exact[-1].abs() + 1e-6 * terms.sum()
+            terms = self.grad.double() * (self.side.double() - z)
+            allowed = torch.finfo(self.dtype).eps * exact[-1].abs() + 1e-6 * terms.abs().sum()
             assert (dgate.double() - exact[-1]).abs() <= allowed
 
 
@@ -85,6 +85,7 @@ class Case:
 @settings(
     max_examples=40,
     deadline=None,
+    derandomize=True,  # the gate's bound is on one sum: of a single term, it is luck
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
