@@ -26,9 +26,11 @@ import torch
 
 import ladder_kernels as lk
 from bench import rows as results
-from bench.gpu_step import forget, methods, random_batch, take_step
+from bench.gpu_step import forget, methods
+from bench.methods import Trainee
 from bench.random_weights import random_backbone
 from bench.timing import Quantiles, check_losses, each
+from bench.train_worker import random_batch, take_step
 from ladder_kernels.memory.ledger import CATEGORIES, Usage
 from ladder_kernels.memory.meter import Meter
 from ladder_kernels.models.native_backbone import NativeBackbone
@@ -76,8 +78,11 @@ class Setting:
         model.gradient_checkpointing = self.recompute
         return model
 
-    def optimizer(self, model: Any) -> torch.optim.Optimizer:
-        """What trains it."""
+    def trainee(self, model: Any) -> Trainee:
+        """The model and what trains it."""
+        return Trainee(model=model, optimizer=self._optimizer(model), autocast=True)
+
+    def _optimizer(self, model: Any) -> torch.optim.Optimizer:
         trained = [each for each in model.parameters() if each.requires_grad]
         if not self.small_optimizer:
             return torch.optim.AdamW(trained, lr=1e-3)
@@ -128,8 +133,8 @@ class Measured:
         return self.live.total
 
 
-Make = Callable[[], tuple[Any, torch.optim.Optimizer]]
-"""Makes a model in training mode and its optimizer."""
+Make = Callable[[], Trainee]
+"""Makes a model in training mode and what trains it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -240,25 +245,21 @@ def _methods(
         forget()
 
 
-def _ladder(
-    backbone: NativeBackbone, setting: Setting, ladder: lk.LadderConfig
-) -> tuple[Any, torch.optim.Optimizer]:
-    model = setting.model(backbone, ladder)
-    return model, setting.optimizer(model)
+def _ladder(backbone: NativeBackbone, setting: Setting, ladder: lk.LadderConfig) -> Trainee:
+    return setting.trainee(setting.model(backbone, ladder))
 
 
-def _rival(backbone: NativeBackbone, method: str) -> tuple[Any, torch.optim.Optimizer]:
-    model = methods(backbone, _RANK)[method]()
-    return model, Setting().optimizer(model)
+def _rival(backbone: NativeBackbone, method: str) -> Trainee:
+    return Setting().trainee(methods(backbone, _RANK)[method]())
 
 
 def measure(
-    make: Make, batch: Mapping[str, torch.Tensor], device: torch.device, *, steps: int
+    make: Make, batch: dict[str, torch.Tensor], device: torch.device, *, steps: int
 ) -> Measured:
     """Train for a few steps, and take their time and memory.
 
     Args:
-        make: Makes the model and its optimizer.
+        make: Makes the model and what trains it.
         batch: Of every step.
         device: Where the model is.
         steps: That are timed, after two that are not.
@@ -266,15 +267,15 @@ def measure(
     Raises:
         RuntimeError: The loss is not finite, or does not fall.
     """
-    model, optimizer = make()
+    trainee = make()
     losses: list[torch.Tensor] = []
-    step = functools.partial(take_step, model, optimizer, batch, losses)
+    step = functools.partial(take_step, trainee, batch, losses)
     step()
     memory = _Allocator(device)
     times = each(step, device, calls=steps)
     allocated, reserved = memory.most()
     memory = _Allocator(device)
-    with Meter(model, optimizer, device=device) as meter:
+    with Meter(trainee.model, trainee.optimizer, device=device) as meter:
         meter.restart()
         step()
     metered, _ = memory.most()

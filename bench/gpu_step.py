@@ -27,9 +27,11 @@ import torch
 
 import ladder_kernels as lk
 from bench import rows as results
+from bench.methods import Trainee
 from bench.qlora import peft_qlora_on
 from bench.random_weights import random_backbone
 from bench.timing import Quantiles, check_losses, each
+from bench.train_worker import random_batch, take_step
 from ladder_kernels.models.native_backbone import NativeBackbone
 from ladder_kernels.models.shapes import config_of
 
@@ -191,7 +193,7 @@ def methods(backbone: NativeBackbone, rank: int) -> Mapping[str, Make]:
 
 
 def measure(
-    make: Make, batch: Mapping[str, torch.Tensor], device: torch.device, *, steps: int
+    make: Make, batch: dict[str, torch.Tensor], device: torch.device, *, steps: int
 ) -> Measured:
     """Train for a few steps, and take their time and memory.
 
@@ -204,11 +206,9 @@ def measure(
     Raises:
         RuntimeError: The loss is not finite, or does not fall.
     """
-    model = make()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    trainee = _trainee(make)
     losses: list[torch.Tensor] = []
-    step = functools.partial(take_step, model, optimizer, batch, losses)
+    step = functools.partial(take_step, trainee, batch, losses)
     for _ in range(_FIRST_STEPS):
         step()
     check_losses([loss.item() for loss in losses])
@@ -222,35 +222,15 @@ def measure(
         times=times,
         allocated=torch.cuda.max_memory_allocated(device) if gpu else 0,
         reserved=torch.cuda.max_memory_reserved(device) if gpu else 0,
-        trained=sum(p.numel() for p in trained),
+        trained=trainee.trained,
         losses=found,
     )
 
 
-def random_batch(vocabulary: int, context: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """``context`` random tokens in a row, with a loss on each; the same ones each time."""
-    generator = torch.Generator(device).manual_seed(0)
-    ids = torch.randint(vocabulary, (1, context), generator=generator, device=device)
-    return {"input_ids": ids, "labels": ids}
-
-
-def take_step(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    batch: Mapping[str, torch.Tensor],
-    losses: list[torch.Tensor],
-) -> None:
-    """Take a training step, and add its loss to ``losses``."""
-    loss = _loss(model, batch)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(loss.detach())
-
-
-def _loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-        return model(**batch).loss
+def _trainee(make: Make) -> Trainee:
+    model = make()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Trainee(model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3), autocast=True)
 
 
 def rows_of(method: str, taken: Measured, *, name: str, context: int) -> Iterator[results.Row]:
@@ -281,15 +261,15 @@ def line_of(method: str, taken: Measured, context: int) -> list[str]:
     ]
 
 
-def _profile(make: Make, batch: Mapping[str, torch.Tensor], path: Path) -> None:
+def _profile(make: Make, batch: dict[str, torch.Tensor], path: Path) -> None:
     """Write where the time of a step goes: kernels by time, and operations by the host's time."""
-    model = make()
+    trainee = _trainee(make)
     for _ in range(2):
-        _loss(model, batch).backward()
+        take_step(trainee, batch, [])
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        _loss(model, batch).backward()
+        take_step(trainee, batch, [])
         torch.cuda.synchronize()
     averages = profiler.key_averages()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import sys
 from dataclasses import replace
 
@@ -77,6 +78,17 @@ def test_a_method_that_does_not_learn_is_refused(task, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     with pytest.raises(RuntimeError, match=r"the loss went from .*; not timed"):
         train_worker.run(task)
+
+
+def test_steps_go_on_until_it_can_be_told_whether_a_method_learns(task, monkeypatch):
+    step = torch.optim.AdamW.step
+    calls = itertools.count()
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: step(self) if next(calls) >= 2 else None
+    )
+    found = train_worker.run(task)
+    assert found.losses[0][0] == found.losses[0][2] > found.losses[0][3]
+    assert len(found.steps[0]) == 3
 
 
 def test_sizes_are_fitted():
