@@ -266,8 +266,11 @@ def table_of(task: Task, measured: Mapping[str, Measured]) -> tuple[list[str], l
             lines.append([_in_words(name, each), *[""] * (len(header) - 1)])
             continue
         tokens = task.batch * task.context
-        rates = [f"{tokens / each.seconds(answers):,.0f}" for answers in task.answers]
-        phases = zip(*each.steps[task.answers[0]], strict=True)
+        rates = [
+            f"{tokens / each.seconds(answers):,.0f}" if each.steps else ""
+            for answers in task.answers
+        ]
+        phases = zip(*each.steps.get(task.answers[0], ()), strict=True)
         memory = {"resident": each.memory.get("allocated", 0), **each.memory}
         lines.append(
             [
@@ -301,7 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rank", type=int, default=8, help="of LoRA; sets what all methods train")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument(
+        "--turns", type=int, default=2, help="that are timed; with 0, memory alone is measured"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="timed in each turn")
     parser.add_argument("--no-memory", action="store_true", help="measure seconds alone")
     parser.add_argument("--timeline", nargs="*", default=[], help="methods whose step is drawn")

@@ -127,6 +127,19 @@ def test_turns_rows_and_a_table(task, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+def test_memory_alone(task):
+    measured = train_step.compare({"ladder": replace(task, memory=True)}, turns=0)
+    metrics = {
+        row.metric for row in train_step.rows_of("ladder", task, measured["ladder"], model="m")
+    }
+    assert "bytes: live beyond the weights" in metrics
+    assert "seconds" not in metrics
+    header, (line,) = train_step.table_of(task, measured)
+    cells = dict(zip(header, line, strict=True))
+    assert cells["tokens/s, loss on 1 in 1"] == ""
+    assert cells["live beyond the weights"].endswith(" MB")
+
+
 def test_what_does_not_fit_has_a_row(task, capsys):
     tasks = {"QLoRA": replace(task, method="QLoRA", context=4096, limit=100 << 20)}
     measured = train_step.compare(tasks, turns=2)["QLoRA"]
