@@ -53,6 +53,7 @@ _QWEN_7B = "Qwen2.5-7B, random weights"
 _EVERY = "B=1 S=2048 loss on 1 in 1"
 _TENTH = "B=1 S=2048 loss on 1 in 10"
 _CONTEXTS = (512, 1024, 2048, 4096, 8192)
+_MANY_TOKENS = "2,048"
 _LIVE = "bytes: live beyond the weights"
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _QLORA = ("QLoRA", "QLoRA, checkpointed", "QLoRA, Liger loss")
@@ -203,6 +204,41 @@ def _compared(name: str, lines: Sequence[Line], machine: Machine, command: str) 
         lines=lines,
         columns=lines[0].cells or (),
         sparse=True,
+    )
+
+
+def _long_ops() -> Table:
+    """By operation, of many tokens or none, in both dtypes: what a training step is made of."""
+    share, pytorch = "share of the bound", ("torch", "torch on dequantised weights")
+
+    def lines(rows: Sequence[Row]) -> list[Line]:
+        return [line for line in _op_groups(rows) if line.labels[1] in ("", _MANY_TOKENS)]
+
+    return Table(
+        name="ops",
+        source=Source(file="ops.csv", command=_OPS),
+        heads=("operation", "tokens"),
+        lines=lines,
+        columns=(
+            *(
+                Range(
+                    header=f"{share}, {short}",
+                    metric=share,
+                    text=percent,
+                    where={"dtype": dtype},
+                    optional=True,
+                )
+                for dtype, short in _SHORT.items()
+            ),
+            *(
+                Against(header=f"{title}, {short}", rivals=rivals, where={"dtype": dtype})
+                for title, rivals in (
+                    ("against PyTorch", pytorch),
+                    ("against bitsandbytes", ("bitsandbytes",)),
+                )
+                for dtype, short in _SHORT.items()
+            ),
+        ),
     )
 
 
@@ -679,6 +715,7 @@ _ALL_TABLES: Sequence[Table] = (
     ),
     *_contexts("float32"),
     *_contexts("bfloat16"),
+    _long_ops(),
     *(
         make(f"{kind}-{dtype}{suffix}", dtype, machine, _OPS + option)
         for kind, make in (("ops", _ops), ("every-op", _every_op))

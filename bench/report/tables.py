@@ -204,32 +204,47 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """All who did the same work as the line's candidate, and how many times as long each took.
+    """Who did the same work as the line's candidate, and how many times as long each took.
 
     Where the line is of several works: the least of these ratios and the largest.
 
     Attributes:
         header: Above it.
+        rivals: These only, not named in the cells, which are empty where none of them did the work;
+            with none, all are named.
+        where: Fields of the rows, which go before those of the line.
     """
 
     header: str
+    rivals: tuple[str, ...] = ()
+    where: Where = field(default_factory=dict)
 
     def fill(self, selection: Selection, line: Where) -> Filled:
-        fields = {name: value for name, value in line.items() if name != "candidate"}
-        rows = selection.all({**fields, "metric": "seconds"})
-        mine = {(row.model, row.shape): row for row in rows if row.candidate == line["candidate"]}
+        fields = {**line, **self.where, "metric": "seconds"}
+        candidate = fields.pop("candidate")
+        rows = selection.all(fields)
+        mine = {(row.model, row.shape): row for row in rows if row.candidate == candidate}
         if not mine:
             return _MISSING
+        if self.rivals:
+            rows = [*mine.values(), *(row for row in rows if row.candidate in self.rivals)]
         ratios: dict[str, list[float]] = defaultdict(list)
         for row in rows:
             own = mine.get((row.model, row.shape))
-            if own is not None and row.candidate != own.candidate:
+            if own is not None and row.candidate != candidate:
                 ratios[row.candidate].append(row.median / own.median)
+        if self.rivals:
+            found = [ratio for each in ratios.values() for ratio in each]
+            return Filled(text=_times_range(found), rows=rows) if found else Filled(text="")
         parts = [
-            f"{_range(times(min(found)), times(max(found)))} {BACKENDS.get(name, name)}"
+            f"{_times_range(found)} {BACKENDS.get(name, name)}"
             for name, found in sorted(ratios.items(), key=lambda pair: min(pair[1]))
         ]
         return Filled(text=", ".join(parts), rows=rows)
+
+
+def _times_range(ratios: Sequence[float]) -> str:
+    return _range(times(min(ratios)), times(max(ratios)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,16 +255,18 @@ class Range:
         header: Above it.
         metric: Of the figures.
         text: Of a row.
+        where: Fields of the rows, which go before those of the line.
         optional: Whether not all lines have such rows.
     """
 
     header: str
     metric: str
     text: Text
+    where: Where = field(default_factory=dict)
     optional: bool = False
 
     def fill(self, selection: Selection, line: Where) -> Filled:
-        rows = selection.all({**line, "metric": self.metric})
+        rows = selection.all({**line, **self.where, "metric": self.metric})
         if not rows:
             return Filled(text="") if self.optional else _MISSING
         least, most = (best(rows, key=lambda row: row.median) for best in (min, max))

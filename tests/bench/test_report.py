@@ -138,6 +138,18 @@ def test_operations(written):
     assert not TABLES["ops-float32"].missing()
 
 
+def test_operations_of_many_tokens_against_named_rivals(written):
+    found = lines_of("ops")
+    assert "nf4_linear, backward" in found and "1" not in {cells[0] for cells in found.values()}
+    header = found["operation"]
+    cells = dict(zip(header, found["nf4_linear, backward"], strict=True))
+    assert cells["against PyTorch, fp32"] == "2.1x to 2.2x"
+    assert cells["against bitsandbytes, fp32"] == ""
+    assert cells["against PyTorch, bf16"] == ""  # no rows of it
+    cells = dict(zip(header, found["nf4_quantize"], strict=True))
+    assert cells["against bitsandbytes, fp32"] == "5.0x"
+
+
 def test_every_operation(written):
     found = TABLES["every-op-float32"].text()
     assert (
