@@ -113,7 +113,7 @@ def compare(
     *,
     turns: int,
     environment: Mapping[str, str] | None = None,
-    after_turn: Callable[[Mapping[str, Measured]], object] | None = None,
+    after_each: Callable[[str, Measured], object] = lambda name, found: None,
 ) -> dict[str, Measured]:
     """Run tasks in turns, each in a process of its own.
 
@@ -121,7 +121,8 @@ def compare(
         tasks: By the method's name. Memory, if it is to be measured, is in a turn of its own.
         turns: How many are timed.
         environment: Variables that the processes have besides this one's.
-        after_turn: Called with what was found so far, so that none of it is lost.
+        after_each: Called after each process with a method's name and what was found of it so far,
+            so that none of it is lost.
 
     Returns:
         What was found, by name. Of a process that failed the error is on standard error.
@@ -136,8 +137,7 @@ def compare(
             measured[name].add(task, _in_own_process(task, environment or {}))
             what = "memory" if task.memory else f"turn {turn}"
             print(f"  {what}: {_in_words(name, measured[name])}", flush=True)
-        if after_turn is not None:
-            after_turn(measured)
+            after_each(name, measured[name])
     return measured
 
 
@@ -341,24 +341,21 @@ def _report(given: Any, task: Task, model: str) -> int:
     """Measure, print, write rows; returns how many methods failed."""
     about = {"model": model, "suffix": held_suffix(given.isa)}
 
-    def write(measured: Mapping[str, Measured]) -> list[results.Row]:
-        found, timeline = [], []
-        for name, each in measured.items():
-            found += rows_of(name, task, each, **about)
-            if name in given.timeline:
-                timeline += timeline_rows(name, task, each, **about)
-        results.write(found, _FILE)
-        if timeline:
-            results.write(timeline, _TIMELINE)
-        return found
+    def write(name: str, found: Measured) -> list[results.Row]:
+        taken = list(rows_of(name, task, found, **about))
+        results.write(taken, _FILE)
+        if name in given.timeline:
+            results.write(list(timeline_rows(name, task, found, **about)), _TIMELINE)
+        return taken
 
     measured = compare(
         {name: replace(task, method=name) for name in given.only},
         turns=given.turns,
         environment=held(given.isa),
-        after_turn=write,
+        after_each=write,
     )
-    results.report(write(measured), _FILE, *table_of(task, measured))
+    taken = [row for name, found in measured.items() for row in write(name, found)]
+    results.report(taken, _FILE, *table_of(task, measured))
     return sum(each.failed for each in measured.values())
 
 
