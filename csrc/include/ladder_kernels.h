@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 8
+#define LK_ABI_VERSION 9
 
 typedef enum {
   LK_OK = 0,
@@ -327,6 +327,29 @@ LK_API lk_status lk_rung_merge_backward(lk_dtype dtype, int64_t T, int64_t d, co
                                         const lk_rung_tap* taps, int64_t count, const void* gate,
                                         int64_t gates, float eps, void* dside, void* dgate,
                                         int32_t threads);
+
+/*
+ * The products of low-rank adapters, each with a matrix of few rows. What is wide is of dtype, all
+ * else float32 and contiguous, and so are the sums.
+ *
+ *   lk_low_rank_narrow:    out = x @ p^T        [rows, rank]
+ *   lk_low_rank_widen:     out = narrow @ p     [rows, cols] of dtype, contiguous, rounded once;
+ *                          with `add`, what out holds is added before that
+ *   lk_low_rank_gradient:  out = narrow^T @ x   [rank, cols]
+ *
+ *   x         [rows, cols] of dtype, rows `x_stride` elements apart
+ *   narrow    [rows, rank]
+ *   p         [rank, cols]
+ */
+LK_API lk_status lk_low_rank_narrow(lk_dtype dtype, int64_t rows, int64_t cols, int64_t rank,
+                                    const void* x, int64_t x_stride, const float* p, float* out,
+                                    int32_t threads);
+LK_API lk_status lk_low_rank_widen(lk_dtype dtype, int64_t rows, int64_t cols, int64_t rank,
+                                   const float* narrow, const float* p, int32_t add, void* out,
+                                   int32_t threads);
+LK_API lk_status lk_low_rank_gradient(lk_dtype dtype, int64_t rows, int64_t cols, int64_t rank,
+                                      const float* narrow, const void* x, int64_t x_stride,
+                                      float* out, int32_t threads);
 
 #ifdef __cplusplus
 }

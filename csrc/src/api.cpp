@@ -134,6 +134,10 @@ bool is_valid(const lk::AttentionInputs& inputs, int32_t threads) {
   return inputs.q != nullptr && inputs.k != nullptr && inputs.v != nullptr;
 }
 
+bool is_low_rank(lk_dtype dtype, int64_t rows, int64_t cols, int64_t rank, int32_t threads) {
+  return is_valid(dtype) && rows >= 0 && cols >= 0 && rank >= 0 && threads >= 1;
+}
+
 // What sums in whole numbers need: blocks that begin with rows.
 bool has_whole_blocks(const lk_nf4_matrix* weight) {
   return weight->blocksize >= 32 && weight->cols % weight->blocksize == 0;
@@ -381,4 +385,36 @@ lk_status lk_rung_merge_backward(lk_dtype dtype, int64_t T, int64_t d, const voi
   return chosen().load()->rung_merge_backward({dtype, T, d, grad, grad_stride, side, side_stride,
                                                taps, count, gate, gates, eps, dside, dgate,
                                                threads});
+}
+
+lk_status lk_low_rank_narrow(lk_dtype dtype, int64_t rows, int64_t cols, int64_t rank,
+                             const void* x, int64_t x_stride, const float* p, float* out,
+                             int32_t threads) {
+  if (!is_low_rank(dtype, rows, cols, rank, threads)) return LK_BAD_ARGUMENT;
+  if (rows == 0 || rank == 0) return LK_OK;
+  if (out == nullptr || (cols > 0 && (x == nullptr || p == nullptr))) return LK_BAD_ARGUMENT;
+  if (rows > 1 && x_stride < cols) return LK_BAD_ARGUMENT;
+  return chosen().load()->low_rank_narrow(
+      {dtype, rows, cols, rank, x, x_stride, nullptr, p, false, out, threads});
+}
+
+lk_status lk_low_rank_widen(lk_dtype dtype, int64_t rows, int64_t cols, int64_t rank,
+                            const float* narrow, const float* p, int32_t add, void* out,
+                            int32_t threads) {
+  if (!is_low_rank(dtype, rows, cols, rank, threads)) return LK_BAD_ARGUMENT;
+  if (rows == 0 || cols == 0) return LK_OK;
+  if (out == nullptr || (rank > 0 && (narrow == nullptr || p == nullptr))) return LK_BAD_ARGUMENT;
+  return chosen().load()->low_rank_widen(
+      {dtype, rows, cols, rank, nullptr, 0, narrow, p, add != 0, out, threads});
+}
+
+lk_status lk_low_rank_gradient(lk_dtype dtype, int64_t rows, int64_t cols, int64_t rank,
+                               const float* narrow, const void* x, int64_t x_stride, float* out,
+                               int32_t threads) {
+  if (!is_low_rank(dtype, rows, cols, rank, threads)) return LK_BAD_ARGUMENT;
+  if (cols == 0 || rank == 0) return LK_OK;
+  if (out == nullptr || (rows > 0 && (x == nullptr || narrow == nullptr))) return LK_BAD_ARGUMENT;
+  if (rows > 1 && x_stride < cols) return LK_BAD_ARGUMENT;
+  return chosen().load()->low_rank_gradient(
+      {dtype, rows, cols, rank, x, x_stride, narrow, nullptr, false, out, threads});
 }

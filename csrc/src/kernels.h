@@ -183,6 +183,19 @@ struct RungMergeBackwardCall {
   int32_t threads;
 };
 
+// Of the three products: each takes what it reads, see low_rank.inc.
+struct LowRankCall {
+  lk_dtype dtype;  // of what is wide: x, or the output of low_rank_widen
+  int64_t rows, cols, rank;
+  const void* x;
+  int64_t x_stride;
+  const float* narrow;
+  const float* p;
+  bool add;
+  void* out;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
@@ -201,6 +214,9 @@ struct Kernels {
   lk_status (*rotary)(const RotaryCall&);
   lk_status (*rung_merge)(const RungMergeCall&);
   lk_status (*rung_merge_backward)(const RungMergeBackwardCall&);
+  lk_status (*low_rank_narrow)(const LowRankCall&);
+  lk_status (*low_rank_widen)(const LowRankCall&);
+  lk_status (*low_rank_gradient)(const LowRankCall&);
 };
 
 namespace baseline {

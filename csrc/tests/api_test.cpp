@@ -42,6 +42,8 @@ struct Arguments {
   const lk_strides* v_strides = &strides;
   const void *grad_at = x.data(), *attended_at = x.data();
   const float* attended_lse_at = static_cast<const float*>(attended_lse.data());
+  int64_t cols = K, rank = 2;
+  const float* p_at = static_cast<const float*>(dense.data());
   float *dq_at = static_cast<float*>(dq.data()), *dk_at = static_cast<float*>(dk.data()),
         *dv_at = static_cast<float*>(dv.data());
 
@@ -79,6 +81,18 @@ struct Arguments {
                                         grad_at, attended_at, attended_lse_at, dq_at, dk_at,
                                         out_at == nullptr ? nullptr : dv_at, threads);
   }
+  lk_status narrow() {
+    return lk_low_rank_narrow(dtype, rows, cols, rank, x_at, stride, p_at,
+                              static_cast<float*>(out_at), threads);
+  }
+  lk_status widen() {
+    return lk_low_rank_widen(dtype, rows, cols, rank, static_cast<const float*>(x_at), p_at, 0,
+                             out_at == nullptr ? nullptr : back.data(), threads);
+  }
+  lk_status gradient() {
+    return lk_low_rank_gradient(dtype, rows, cols, rank, p_at, x_at, stride,
+                                out_at == nullptr ? nullptr : dq_at, threads);
+  }
 };
 
 using Call = lk_status (Arguments::*)();
@@ -96,6 +110,10 @@ constexpr Kernel kSwiGLUInt8{"nf4_swiglu_int8", &Arguments::swiglu_int8};
 constexpr Kernel kCrossEntropy{"linear_cross_entropy", &Arguments::cross_entropy};
 constexpr Kernel kAttention{"ranged_attention", &Arguments::attention};
 constexpr Kernel kAttentionBackward{"ranged_attention_backward", &Arguments::attention_backward};
+
+constexpr Kernel kNarrow{"low_rank_narrow", &Arguments::narrow};
+constexpr Kernel kWiden{"low_rank_widen", &Arguments::widen};
+constexpr Kernel kGradient{"low_rank_gradient", &Arguments::gradient};
 
 using Spoil = void (*)(Arguments&);
 
@@ -225,6 +243,16 @@ const KernelRefusal kOwn[] = {
     {kAttentionBackward, {"no dq", [](Arguments& a) { a.dq_at = nullptr; }}},
     {kAttentionBackward, {"no dk", [](Arguments& a) { a.dk_at = nullptr; }}},
     {kAttentionBackward, {"no dv", [](Arguments& a) { a.dv_at = nullptr; }}},
+    {kNarrow, {"overlapping rows of x", [](Arguments& a) { a.stride = 31; }}},
+    {kGradient, {"overlapping rows of x", [](Arguments& a) { a.stride = 31; }}},
+};
+
+// What the products of low-rank adapters may not be asked for.
+const Refusal kLowRanks[] = {
+    {"rows -1", [](Arguments& a) { a.rows = -1; }},
+    {"cols -1", [](Arguments& a) { a.cols = -1; }},
+    {"rank -1", [](Arguments& a) { a.rank = -1; }},
+    {"no matrix of few rows", [](Arguments& a) { a.p_at = nullptr; }},
 };
 
 // Nothing to do: fine, whatever the pointers.
@@ -316,6 +344,24 @@ const KernelRefusal kEmpty[] = {
         clear(a);
         a.S = 0;
       }}},
+    {kNarrow,
+     {"no rows",
+      [](Arguments& a) {
+        clear(a);
+        a.rows = 0;
+      }}},
+    {kWiden,
+     {"no columns",
+      [](Arguments& a) {
+        clear(a);
+        a.cols = 0;
+      }}},
+    {kGradient,
+     {"rank 0",
+      [](Arguments& a) {
+        clear(a);
+        a.rank = 0;
+      }}},
 };
 
 // A sum over no terms is zero.
@@ -331,13 +377,25 @@ void check_no_terms(Tally& tally) {
                  "sums of no terms: %g, %g, %g", linear.out[i], swiglu.out[i], transposed.back[i]);
     tally.expect(int8.out[i] == 0, "sums of no rounded terms: %g", int8.out[i]);
   }
+  Arguments narrow, widen, gradient;
+  narrow.cols = widen.rank = gradient.rows = 0;
+  tally.expect(narrow.narrow() == LK_OK && widen.widen() == LK_OK && gradient.gradient() == LK_OK,
+               "low-rank sums of no terms are %s", "refused");
+  for (int64_t i = 0; i < Arguments::M * 2; ++i) {
+    tally.expect(narrow.out[i] == 0, "low_rank_narrow of no terms: %g", narrow.out[i]);
+  }
+  for (int64_t i = 0; i < 2 * Arguments::K; ++i) {
+    tally.expect(widen.back[i] == 0 && gradient.dq[i] == 0, "low-rank sums of no terms: %g, %g",
+                 widen.back[i], gradient.dq[i]);
+  }
 }
 
 }  // namespace
 
 void check_refusals(Tally& tally) {
-  for (const Kernel& kernel : {kLinear, kTransposed, kSwiGLU, kLinearInt8, kSwiGLUInt8,
-                               kCrossEntropy, kAttention, kAttentionBackward}) {
+  for (const Kernel& kernel :
+       {kLinear, kTransposed, kSwiGLU, kLinearInt8, kSwiGLUInt8, kCrossEntropy, kAttention,
+        kAttentionBackward, kNarrow, kWiden, kGradient}) {
     check_call(tally, kernel, "nothing amiss", [](Arguments&) {}, LK_OK);
     for (const Refusal& refusal : kEverywhere) {
       check_call(tally, kernel, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
@@ -359,6 +417,11 @@ void check_refusals(Tally& tally) {
     for (const Kernel& kernel : {kAttention, kAttentionBackward}) {
       check_call(tally, kernel, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
     }
+  }
+  for (const Refusal& refusal : kLowRanks) {
+    check_call(tally, kNarrow, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
+    check_call(tally, kWiden, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
+    check_call(tally, kGradient, refusal.what, refusal.spoil, LK_BAD_ARGUMENT);
   }
   for (const KernelRefusal& own : kOwn) {
     check_call(tally, own.kernel, own.refusal.what, own.refusal.spoil, LK_BAD_ARGUMENT);

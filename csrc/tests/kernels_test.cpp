@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
     check_nf4_linear_int8(tally, 60);
     check_nf4_swiglu(tally, 50);
     check_linear_cross_entropy(tally, 50);
+    check_low_rank(tally, 40);
     check_ranged_attention(tally, 30);
     check_callers(tally);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;

@@ -293,6 +293,7 @@ void check_nf4_linear(Tally& tally, int rounds);
 void check_nf4_linear_int8(Tally& tally, int rounds);
 void check_nf4_swiglu(Tally& tally, int rounds);
 void check_linear_cross_entropy(Tally& tally, int rounds);
+void check_low_rank(Tally& tally, int rounds);
 void check_ranged_attention(Tally& tally, int rounds);
 void check_callers(Tally& tally);   // several threads call at once
 void check_refusals(Tally& tally);  // bad arguments, empty calls, names of variants

@@ -14,7 +14,7 @@ from ladder_kernels.errors import BackendError
 if TYPE_CHECKING:
     from ladder_kernels.nf4 import NF4Weight
 
-__all__ = ["DTYPES", "NOT_FINITE", "check", "library", "matrix", "pointer"]
+__all__ = ["DTYPES", "NOT_FINITE", "adjacent_columns", "check", "library", "matrix", "pointer"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """``lk_dtype`` of each dtype that has native kernels."""
@@ -53,6 +53,16 @@ def check(code: int) -> None:
 def pointer(value: Tensor | None) -> int | None:
     """Address of a tensor's first element; ``None`` for ``None``."""
     return None if value is None else value.data_ptr()
+
+
+def adjacent_columns(value: Tensor) -> Tensor:
+    """Return ``value`` ``[rows, columns]`` so that elements of a row are adjacent.
+
+    Itself if they are, and rows do not overlap; else a contiguous copy.
+    """
+    rows, columns = value.shape
+    adjacent = columns <= 1 or value.stride(1) == 1
+    return value if adjacent and (rows <= 1 or value.stride(0) >= columns) else value.contiguous()
 
 
 def matrix(weight: NF4Weight, shape: tuple[int, int] | None = None) -> native.NF4Matrix:

@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 __all__ = ["dequantize", "is_chosen", "quantize_absmax", "quantize_blocks"]
 
 
-def is_chosen(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether this module shall do what is asked of ``tensor``, rather than the reference.
+def is_chosen(tensor: Tensor, dtype: torch.dtype, *, name: str = "nf4") -> bool:
+    """Whether native kernels shall do what is asked of ``tensor``, rather than the reference.
 
     Args:
         tensor: What is read.
         dtype: Of the floats that are read or made.
+        name: What asks, for the exception.
 
     Returns:
         ``False`` for other devices and float64; where nothing is computed or someone watches how
@@ -60,7 +61,7 @@ def is_chosen(tensor: Tensor, dtype: torch.dtype) -> bool:
     if reason is None:
         return True
     if backend == "cpu":
-        raise BackendError(f"nf4: backend 'cpu' cannot run this call: {reason}")
+        raise BackendError(f"{name}: backend 'cpu' cannot run this call: {reason}")
     say_fallback("cpu", reason)
     return False
 

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from ladder_kernels import native
-from ladder_kernels.native.tensors import DTYPES, check, library, matrix, pointer
+from ladder_kernels.native.tensors import (
+    DTYPES,
+    adjacent_columns,
+    check,
+    library,
+    matrix,
+    pointer,
+)
 from ladder_kernels.nf4 import NF4Weight
 
 __all__ = [
@@ -28,16 +35,6 @@ def unsupported(x: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"there is no native kernel for {x.dtype}"
     return native.status().reason
-
-
-def adjacent_columns(value: Tensor) -> Tensor:
-    """Return ``value`` ``[rows, columns]`` so that elements of a row are adjacent.
-
-    Itself if they are, and rows do not overlap; else a contiguous copy.
-    """
-    rows, columns = value.shape
-    adjacent = columns <= 1 or value.stride(1) == 1
-    return value if adjacent and (rows <= 1 or value.stride(0) >= columns) else value.contiguous()
 
 
 def dense_matrix(value: Tensor) -> native.DenseMatrix:
