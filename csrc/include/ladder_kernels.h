@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 /* Raised by one with every change of this file that an old caller would not survive. */
-#define LK_ABI_VERSION 8
+#define LK_ABI_VERSION 9
 
 typedef enum {
   LK_OK = 0,
@@ -327,6 +327,23 @@ LK_API lk_status lk_rung_merge_backward(lk_dtype dtype, int64_t T, int64_t d, co
                                         const lk_rung_tap* taps, int64_t count, const void* gate,
                                         int64_t gates, float eps, void* dside, void* dgate,
                                         int32_t threads);
+
+/*
+ * What joins the two halves of a gated MLP, in place: a becomes silu(a) * b, rounded once, with
+ * silu(a) = a / (1 + exp(-a)).
+ *
+ *   a, b   [count] of dtype, contiguous; may not overlap
+ */
+LK_API lk_status lk_swiglu(lk_dtype dtype, int64_t count, void* a, const void* b, int32_t threads);
+
+/*
+ * The gradients of that, in place, from the a and b that it was given and the gradient f of what it
+ * made: a becomes its gradient, b becomes its own, and f becomes silu(a) * b once more.
+ *
+ *   a, b, f   [count] of dtype, contiguous; may not overlap
+ */
+LK_API lk_status lk_swiglu_backward(lk_dtype dtype, int64_t count, void* a, void* b, void* f,
+                                    int32_t threads);
 
 #ifdef __cplusplus
 }

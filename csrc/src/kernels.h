@@ -183,6 +183,21 @@ struct RungMergeBackwardCall {
   int32_t threads;
 };
 
+struct SwiGLUJoinCall {
+  lk_dtype dtype;
+  int64_t count;
+  void* a;
+  const void* b;
+  int32_t threads;
+};
+
+struct SwiGLUJoinBackwardCall {
+  lk_dtype dtype;
+  int64_t count;
+  void *a, *b, *f;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
@@ -201,6 +216,8 @@ struct Kernels {
   lk_status (*rotary)(const RotaryCall&);
   lk_status (*rung_merge)(const RungMergeCall&);
   lk_status (*rung_merge_backward)(const RungMergeBackwardCall&);
+  lk_status (*swiglu)(const SwiGLUJoinCall&);
+  lk_status (*swiglu_backward)(const SwiGLUJoinBackwardCall&);
 };
 
 namespace baseline {

@@ -33,7 +33,7 @@ __all__ = [
     "status",
 ]
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 """The interface (``csrc/include/ladder_kernels.h``) that this package calls."""
 
 ISA_VARIABLE = "LADDER_KERNELS_CPU_ISA"
@@ -259,6 +259,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
             *(number, size, size, pointer, size, pointer, size, ctypes.POINTER(RungTap), size),
             *(pointer, size, ctypes.c_float, pointer, pointer, number),
         ),
+        "lk_swiglu": (number, size, pointer, pointer, number),
+        "lk_swiglu_backward": (number, size, pointer, pointer, pointer, number),
         "lk_rotary": (
             *(number, size, size, size, size, pointer, strides, pointer, pointer, strides, number),
         ),
