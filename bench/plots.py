@@ -130,6 +130,7 @@ OPERATORS: Mapping[str, Mark] = {
     "bitsandbytes": Mark(_ORANGE),
     "torch on dequantised weights": Mark(_MAGENTA),
     "torch": Mark(_TEAL),
+    "torch, recomputing": Mark(_TEAL, "s", "--"),
     "Liger": Mark(_OLIVE),
     "NumPy on dequantised weights": Mark(_YELLOW),
     "exact products": Mark(_ROSE),

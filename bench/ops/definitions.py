@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import ladder_kernels as lk
 from bench.random_weights import fill_nf4
@@ -32,6 +33,7 @@ __all__ = [
     "LIGER",
     "NUMPY",
     "OURS",
+    "RECOMPUTING",
     "TORCH",
     "Definition",
     "Fresh",
@@ -45,6 +47,8 @@ BITSANDBYTES = "bitsandbytes"
 DEQUANTISED = "torch on dequantised weights"
 NUMPY = "NumPy on dequantised weights"
 TORCH = "torch"
+RECOMPUTING = "torch, recomputing"
+"""PyTorch that keeps no more for its backward pass than ours does, by its checkpointing."""
 LIGER = "Liger"
 EXACT = "exact products"
 """Ours, of the same weights in floating point: what products in whole numbers are held against."""
@@ -196,6 +200,8 @@ def rivals(
             return False
         if name == LIGER:
             return device.type == "cuda"
+        if name == RECOMPUTING:
+            return direction != "forward"
         if name == NUMPY:
             many = sizes[definition.rows] >= MANY_ROWS
             return device.type == "cpu" and dtype == "float32" and many and direction == "forward"
@@ -462,6 +468,15 @@ def _rotary(size: Sizes, new: Fresh) -> Work:
     )
 
 
+def _recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, with nothing but its arguments kept for the backward pass."""
+
+    def checkpointed(**given: Tensor) -> Any:
+        return checkpoint(function, use_reentrant=False, preserve_rng_state=False, **given)
+
+    return checkpointed
+
+
 def _rung_merge(size: Sizes, new: Fresh) -> Work:
     def plain(side: Tensor, tap: Tensor, down: Tensor, gate: Tensor) -> Tensor:
         z = F.linear(_normal_row(tap).to(down.dtype), down)
@@ -476,7 +491,7 @@ def _rung_merge(size: Sizes, new: Fresh) -> Work:
         },
         ours=lambda side, tap, down, gate: ops.rung_merge(side, [tap], [down], gate),
         plain=plain,
-        rivals={TORCH: plain},
+        rivals={TORCH: plain, RECOMPUTING: _recomputing(plain)},
         leaves=("side", "down", "gate"),
     )
 
@@ -498,7 +513,7 @@ def _side_mlp(size: Sizes, new: Fresh) -> Work:
         },
         ours=lambda u, norm, gate, up, down: ops.side_mlp(u, norm, gate, up, down, _EPS),
         plain=plain,
-        rivals={TORCH: plain},
+        rivals={TORCH: plain, RECOMPUTING: _recomputing(plain)},
         leaves=("u", "norm", "gate", "up", "down"),
     )
 
@@ -701,7 +716,7 @@ DEFINITIONS: Mapping[str, Definition] = {
             "forward": lambda s: 2 * _side(s) + s["M"] * s["D"] + s["d"] * s["D"],
             "backward": lambda s: 3 * _side(s) + s["M"] * s["D"] + 2 * s["d"] * s["D"],
         },
-        rivals=(TORCH,),
+        rivals=(TORCH, RECOMPUTING),
     ),
     "side_mlp": Definition(
         op="side_mlp",
@@ -715,7 +730,7 @@ DEFINITIONS: Mapping[str, Definition] = {
             "forward": lambda s: 2 * _side(s) + 3 * s["d"] * s["m"],
             "backward": lambda s: 3 * _side(s) + 6 * s["d"] * s["m"],
         },
-        rivals=(TORCH,),
+        rivals=(TORCH, RECOMPUTING),
     ),
     "nf4_quantize": Definition(
         op="nf4_quantize",

@@ -351,6 +351,23 @@ LK_API lk_status lk_low_rank_gradient(lk_dtype dtype, int64_t rows, int64_t cols
                                       const float* narrow, const void* x, int64_t x_stride,
                                       float* out, int32_t threads);
 
+/*
+ * What joins the two halves of a gated MLP, in place: a becomes silu(a) * b, rounded once, with
+ * silu(a) = a / (1 + exp(-a)).
+ *
+ *   a, b   [count] of dtype, contiguous; may not overlap
+ */
+LK_API lk_status lk_swiglu(lk_dtype dtype, int64_t count, void* a, const void* b, int32_t threads);
+
+/*
+ * The gradients of that, in place, from the a and b that it was given and the gradient f of what it
+ * made: a becomes its gradient, b becomes its own, and f becomes silu(a) * b once more.
+ *
+ *   a, b, f   [count] of dtype, contiguous; may not overlap
+ */
+LK_API lk_status lk_swiglu_backward(lk_dtype dtype, int64_t count, void* a, void* b, void* f,
+                                    int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -418,3 +418,18 @@ lk_status lk_low_rank_gradient(lk_dtype dtype, int64_t rows, int64_t cols, int64
   return chosen().load()->low_rank_gradient(
       {dtype, rows, cols, rank, x, x_stride, narrow, nullptr, false, out, threads});
 }
+
+lk_status lk_swiglu(lk_dtype dtype, int64_t count, void* a, const void* b, int32_t threads) {
+  if (!is_valid(dtype) || count < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (count == 0) return LK_OK;
+  if (a == nullptr || b == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->swiglu({dtype, count, a, b, threads});
+}
+
+lk_status lk_swiglu_backward(lk_dtype dtype, int64_t count, void* a, void* b, void* f,
+                             int32_t threads) {
+  if (!is_valid(dtype) || count < 0 || threads < 1) return LK_BAD_ARGUMENT;
+  if (count == 0) return LK_OK;
+  if (a == nullptr || b == nullptr || f == nullptr) return LK_BAD_ARGUMENT;
+  return chosen().load()->swiglu_backward({dtype, count, a, b, f, threads});
+}

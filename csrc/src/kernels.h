@@ -196,6 +196,21 @@ struct LowRankCall {
   int32_t threads;
 };
 
+struct SwiGLUJoinCall {
+  lk_dtype dtype;
+  int64_t count;
+  void* a;
+  const void* b;
+  int32_t threads;
+};
+
+struct SwiGLUJoinBackwardCall {
+  lk_dtype dtype;
+  int64_t count;
+  void *a, *b, *f;
+  int32_t threads;
+};
+
 struct Kernels {
   const char* isa;
   lk_status (*nf4_linear)(const LinearCall&);
@@ -217,6 +232,8 @@ struct Kernels {
   lk_status (*low_rank_narrow)(const LowRankCall&);
   lk_status (*low_rank_widen)(const LowRankCall&);
   lk_status (*low_rank_gradient)(const LowRankCall&);
+  lk_status (*swiglu)(const SwiGLUJoinCall&);
+  lk_status (*swiglu_backward)(const SwiGLUJoinBackwardCall&);
 };
 
 namespace baseline {

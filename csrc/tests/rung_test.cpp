@@ -1,5 +1,6 @@
-// Runs RMS norm, rotary embedding and rung merge of every variant over many shapes, against double,
-// from one thread and from several at once. For sanitizer builds above all: `make sanitize`.
+// Runs RMS norm, rotary embedding, SwiGLU and rung merge of every variant over many shapes, against
+// double, from one thread and from several at once. For sanitizer builds above all: `make
+// sanitize`.
 #include <cstdio>
 #include <sstream>
 #include <string>
@@ -109,6 +110,29 @@ int check_rotary(int64_t tokens, int64_t heads, int64_t half, int threads) {
   return wrong;
 }
 
+// The only row of a matrix.
+Bytes copied(const Matrix& row, lk_dtype dtype) {
+  Bytes out = bytes(row.cols, dtype);
+  std::memcpy(out.data(), row.floats.as(dtype), out.size());
+  return out;
+}
+
+int check_swiglu(int64_t count, lk_dtype dtype, int threads) {
+  const Matrix a(1, count), b(1, count), f(1, count);
+  Bytes joined = copied(a, dtype), da = joined, db = copied(b, dtype), again = copied(f, dtype);
+  int wrong = 0;
+  wrong += lk_swiglu(dtype, count, joined.data(), b.floats.as(dtype), threads) != LK_OK;
+  wrong += lk_swiglu_backward(dtype, count, da.data(), db.data(), again.data(), threads) != LK_OK;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = a.at(0, i), y = b.at(0, i), e = f.at(0, i), s = 1 / (1 + std::exp(-x));
+    wrong += !close(joined, i, dtype, x * s * y, 4);
+    wrong += !close(again, i, dtype, x * s * y, 4);
+    wrong += !close(da, i, dtype, e * y * s * (1 + x * (1 - s)), 8);
+    wrong += !close(db, i, dtype, e * x * s, 4);
+  }
+  return wrong;
+}
+
 int check_rung(int64_t T, int64_t d, std::vector<int64_t> widths, int64_t gates, lk_dtype dtype,
                int threads) {
   const Matrix side(T, d), grad(T, d);
@@ -207,10 +231,12 @@ int main() {
       wrong += check_norm(1 + below(60), 1 + below(200), dtype, threads);
       wrong += check_residual(1 + below(20), 1 + below(100), threads);
       wrong += check_rotary(1 + below(20), 1 + below(4), 1 + below(40), threads);
+      wrong += check_swiglu(1 + below(300), dtype, threads);
       wrong += check_rung(T, d, widths, gates[below(3)], dtype, threads);
     }
     wrong += check_norm(900, 150, LK_BFLOAT16, 3);               // several tasks
     wrong += check_rotary(400, 3, 64, 2);                        // the same
+    wrong += check_swiglu(70000, LK_BFLOAT16, 3);                // the same
     wrong += check_rung(420, 30, {800}, 30, LK_BFLOAT16, 2);     // several slices, both ways
     wrong += check_rung(50, 1030, {40, 400}, 1, LK_FLOAT32, 3);  // several pieces
     wrong += check_callers();

@@ -262,6 +262,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "lk_low_rank_narrow": (number, *[size] * 3, pointer, size, pointer, pointer, number),
         "lk_low_rank_widen": (number, *[size] * 3, pointer, pointer, number, pointer, number),
         "lk_low_rank_gradient": (number, *[size] * 3, pointer, pointer, size, pointer, number),
+        "lk_swiglu": (number, size, pointer, pointer, number),
+        "lk_swiglu_backward": (number, size, pointer, pointer, pointer, number),
         "lk_rotary": (
             *(number, size, size, size, size, pointer, strides, pointer, pointer, strides, number),
         ),

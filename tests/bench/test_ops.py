@@ -22,7 +22,7 @@ from bench.hold import ISAS
 from bench.ops import SETS, int8_error
 from bench.ops import __main__ as command
 from bench.ops.cases import TABLE, Case, cases
-from bench.ops.definitions import DEFINITIONS, DEQUANTISED, LIGER, NUMPY, TORCH
+from bench.ops.definitions import DEFINITIONS, DEQUANTISED, LIGER, NUMPY, RECOMPUTING, TORCH
 from bench.ops.session import Session
 from bench.ops.tracing import traced
 from bench.ops.trial import Trial, candidates, verify
@@ -98,8 +98,11 @@ def test_candidates_by_device_and_case():
     assert NUMPY not in candidates(few, CPU)
     assert NUMPY not in candidates(replace(many, dtype="bfloat16"), CPU)
     assert candidates(many, CUDA) == ["triton", "reference", "bitsandbytes", DEQUANTISED]
-    # No native kernel: PyTorch is all that there is, and is called so.
-    assert candidates(small("side_mlp"), CPU) == ["reference", TORCH]
+    # Only a backward pass computes again what was not kept.
+    assert candidates(small("side_mlp"), CPU) == ["cpu", "reference", TORCH]
+    backward = ["cpu", "reference", TORCH, RECOMPUTING]
+    assert candidates(small("side_mlp", "backward"), CPU) == backward
+    # No kernel of ours: PyTorch is all that there is, and is called so.
     assert candidates(small("ranged_attention"), CUDA) == ["reference", TORCH]
     assert LIGER not in candidates(small("rms_norm"), CPU)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.ops import _checks
-from ladder_kernels.ops._dispatch import register_autograd, run
+from ladder_kernels.ops._dispatch import call, register_autograd, run
 
 __all__ = ["MODES", "rung_merge"]
 
@@ -76,7 +76,7 @@ def rung_merge(
     for j, (tap, down) in enumerate(zip(taps, downs, strict=True)):
         _check_pair(j, tap, down, side)
     gate = _checked_gate(gate, mode, side)
-    return _rung_merge(side, list(taps), downs, gate, mode, eps) if taps else side
+    return call(_rung_merge, side, list(taps), downs, gate, mode, eps) if taps else side
 
 
 def _cast(name: str, j: int, value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.ops import _checks
-from ladder_kernels.ops._dispatch import register_autograd, run
+from ladder_kernels.ops._dispatch import call, register_autograd, run
 
 __all__ = ["side_mlp"]
 
@@ -63,7 +63,7 @@ def side_mlp(
         _checks.check_same_device(_OP, name, cast, "u", u)
         _checks.check_shape(_OP, name, cast, shape, why)
         weights.append(cast)
-    return _side_mlp(u, *weights, eps)
+    return call(_side_mlp, u, *weights, eps)
 
 
 _ARGUMENTS = "Tensor u, Tensor norm_weight, Tensor gate, Tensor up, Tensor down, float eps"
