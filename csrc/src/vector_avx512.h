@@ -218,6 +218,12 @@ struct V {
     return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first));
   }
 
+  // Two vectors rounded to bfloat16, side by side in each lane, `even` in the lower half.
+  static F rounded_pair(F even, F odd) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), halves));
+  }
+
   // Sixteen values of bfloat16 for the first 32 of 64 bytes and sixteen for the others.
   using PairTable = __m512i;
   static PairTable pair_table(float first, float second) {
@@ -320,6 +326,10 @@ struct V {
  private:
   static constexpr int kNoSign = 0x7fffffff;
   static constexpr int kAndOr = 0xea;  // (a & b) | c, for a ternary operation
+  // The order that puts the first 16 halves of a vector side by side with the others.
+  alignas(64) static constexpr uint16_t kInterleaved[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
   static __m512i nearest_sixteen(F value) {
     F cubic = _mm512_fmadd_ps(value, _mm512_set1_ps(kCubic[3]), _mm512_set1_ps(kCubic[2]));
