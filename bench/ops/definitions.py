@@ -247,6 +247,15 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def _recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, with nothing but its arguments kept for the backward pass."""
+
+    def checkpointed(**given: Tensor) -> Any:
+        return checkpoint(function, use_reentrant=False, preserve_rng_state=False, **given)
+
+    return checkpointed
+
+
 def _nf4_linear(size: Sizes, new: Fresh) -> Work:
     weight = new.nf4(size["N"], size["K"])
     forms = _Forms(weight, new.dtype)
@@ -300,6 +309,7 @@ def _nf4_swiglu(size: Sizes, new: Fresh) -> Work:
         rivals={
             BITSANDBYTES: lambda x: _gated(gate.bitsandbytes(x), up.bitsandbytes(x)),
             DEQUANTISED: plain,
+            RECOMPUTING: _recomputing(plain),
         },
         leaves=("x",),
         tokens=("x",),
@@ -468,15 +478,6 @@ def _rotary(size: Sizes, new: Fresh) -> Work:
     )
 
 
-def _recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same, with nothing but its arguments kept for the backward pass."""
-
-    def checkpointed(**given: Tensor) -> Any:
-        return checkpoint(function, use_reentrant=False, preserve_rng_state=False, **given)
-
-    return checkpointed
-
-
 def _rung_merge(size: Sizes, new: Fresh) -> Work:
     def plain(side: Tensor, tap: Tensor, down: Tensor, gate: Tensor) -> Tensor:
         z = F.linear(_normal_row(tap).to(down.dtype), down)
@@ -634,7 +635,7 @@ DEFINITIONS: Mapping[str, Definition] = {
         op="nf4_swiglu",
         make=_nf4_swiglu,
         functions={"forward": "nf4_swiglu", "backward": "nf4_swiglu_backward"},
-        rivals=(BITSANDBYTES, DEQUANTISED),
+        rivals=(BITSANDBYTES, DEQUANTISED, RECOMPUTING),
         **_SWIGLU,
     ),
     "nf4_swiglu_int8": Definition(

@@ -234,6 +234,7 @@ def _long_ops() -> Table:
                 Against(header=f"{title}, {short}", rivals=rivals, where={"dtype": dtype})
                 for title, rivals in (
                     ("against PyTorch", pytorch),
+                    ("recomputing", ("torch, recomputing",)),
                     ("against bitsandbytes", ("bitsandbytes",)),
                 )
                 for dtype, short in _SHORT.items()
