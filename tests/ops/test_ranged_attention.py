@@ -309,6 +309,24 @@ def test_keys_that_nobody_sees_cost_nothing():
     assert not dv[:, :, :384].any()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_a_query_does_not_see_change_nothing_of_it(use_isa, isa, dtype):
+    """Though their scores be far above its own."""
+    use_isa(isa)
+    q, k, v, first = case("window", 1, 300, 0, 1, 3, 16, dtype, 0)
+    grad = torch.randn(1, 300, 48).to(dtype)
+    hidden = torch.arange(300) >= 150
+    hidden[:100] = True
+    large = [torch.where(hidden[:, None], 1000 * value, value) for value in (k, v)]
+    out, dq, *_ = native(q, k, v, first, 1.0, grad)
+    other, other_dq, *_ = native(q, *large, first, 1.0, grad)
+    seen = slice(140, 150)  # keys 100 to 149
+    assert torch.equal(out[:, seen], other[:, seen])
+    assert torch.equal(dq[:, :, seen], other_dq[:, :, seen])
+    assert not torch.equal(out, other)
+
+
 def test_strides_and_empty_inputs():
     q, k, v, first = case("documents", 2, 50, 0, 2, 2, 16, torch.float32, 0)
     grad = torch.randn(2, 50, 64)
