@@ -104,6 +104,18 @@ def test_values_and_gradients(assert_as_accurate, use_isa, isa, dtype, taps, mod
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tap_dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 2, 8])
+def test_the_gate_of_few_tokens(assert_as_accurate, use_isa, isa, dtype, tap_dtype, T):
+    """Also where side and what it is merged with nearly cancel: seed 15 does, of one token."""
+    use_isa(isa)
+    for seed in range(12, 20):
+        widths = (131, 131, 126)
+        Case(dtype, [tap_dtype] * 3, "gate", T, 1, widths, seed).check(assert_as_accurate)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("T", "d", "widths"),
