@@ -7,6 +7,7 @@ what they like best: a dense weight where they have no use for a packed one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -251,7 +252,8 @@ def _recomputing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same, with nothing but its arguments kept for the backward pass."""
 
     def checkpointed(**given: Tensor) -> Any:
-        return checkpoint(function, use_reentrant=False, preserve_rng_state=False, **given)
+        bound = functools.partial(function, **given)
+        return checkpoint(bound, use_reentrant=False, preserve_rng_state=False)
 
     return checkpointed
 

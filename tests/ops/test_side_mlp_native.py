@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from ladder_kernels import native, ops
 from ladder_kernels.errors import BackendError
+from ladder_kernels.native.tensors import DTYPES as TO_CODE
+from ladder_kernels.native.tensors import library
 from ladder_kernels.ops.side_mlp import cpu, reference
 
 ISAS = native.status().isas
@@ -99,7 +101,7 @@ def test_what_joins_the_halves_rounds_once(use_isa, isa, dtype):
     wide = [value.double().requires_grad_() for value in (a, b)]
     joined = F.silu(wide[0]) * wide[1]
     da, db = torch.autograd.grad(joined, wide, f.double())
-    lib, code = native.library(), {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+    lib, code = library(), TO_CODE[dtype]
     made = a.clone()
     assert lib.lk_swiglu(code, a.numel(), made.data_ptr(), b.data_ptr(), 2) == 0
     back = [value.clone() for value in (a, b, f)]
