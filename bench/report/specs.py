@@ -50,8 +50,12 @@ _OPS = "python -m bench.ops"
 _SMOL = "SmolLM2-135M-Instruct"
 _QWEN = "Qwen2.5-1.5B, random weights"
 _QWEN_7B = "Qwen2.5-7B, random weights"
-_EVERY = "B=1 S=2048 loss on 1 in 1"
-_TENTH = "B=1 S=2048 loss on 1 in 10"
+_ANSWERS = (1, 10)
+_CONTEXT = 2048
+_EVERY, _TENTH = (f"B=1 S={_CONTEXT} loss on 1 in {answers}" for answers in _ANSWERS)
+# PyTorch's own products of bfloat16 are slow there: a step of QLoRA takes a minute for so many.
+_AVX2 = f"{_STEP} --isa avx2 --context 256"
+_AVX2_CONTEXT = 256
 _CONTEXTS = (512, 1024, 2048, 4096, 8192)
 _MANY_TOKENS = "2,048"
 _LIVE = "bytes: live beyond the weights"
@@ -72,8 +76,15 @@ def _named(names: Sequence[str], **where: str) -> list[Line]:
     return [Line((name,), {"candidate": name, **where}) for name in names]
 
 
-def _train_step(name: str, model: str, dtype: str, machine: Machine, command: str) -> Table:
-    every, tenth = {"shape": _EVERY}, {"shape": _TENTH}
+def _train_step(
+    name: str,
+    model: str,
+    dtype: str,
+    machine: Machine,
+    command: str,
+    context: int = _CONTEXT,
+) -> Table:
+    every, tenth = ({"shape": f"B=1 S={context} loss on 1 in {answers}"} for answers in _ANSWERS)
     parts = ("seconds: forward", "seconds: backward", "seconds: optimizer")
     return Table(
         name=name,
@@ -175,31 +186,12 @@ def _comparison() -> Table:
             for of in ("ladder", "ladder, recomputed")
             for to in ("QLoRA", "QLoRA, checkpointed", "plain LST")
         ]
-    return _compared("comparison", lines, PROCESSOR, _STEP)
-
-
-def _comparison_avx2() -> Table:
-    """The same where PyTorch's products of bfloat16 are slow."""
-    lines = [
-        _times_as_fast(f"tokens/s, bf16: {of} against {to}", of, "bfloat16", (to,))
-        for of, to in (
-            ("ladder", "QLoRA"),
-            ("ladder", "plain LST"),
-            ("QLoRA on our kernels", "QLoRA"),
-        )
-    ]
-    only = [Line(line.labels, line.where, (line.cells or ())[:1]) for line in lines]
-    return _compared("comparison-avx2", only, HELD_TO_AVX2, f"{_STEP} --isa avx2")
-
-
-def _compared(name: str, lines: Sequence[Line], machine: Machine, command: str) -> Table:
     return Table(
-        name=name,
+        name="comparison",
         source=Source(
             file="train_step.csv",
-            command=command,
+            command=_STEP,
             where={"bench": "train_step", "model": _SMOL},
-            machine=machine,
         ),
         lines=lines,
         columns=lines[0].cells or (),
@@ -705,11 +697,14 @@ def _quantization() -> Table:
 
 _ALL_TABLES: Sequence[Table] = (
     _comparison(),
-    _comparison_avx2(),
     _train_step("train-step-float32", _SMOL, "float32", PROCESSOR, _STEP),
     _train_step("train-step-bfloat16", _SMOL, "bfloat16", PROCESSOR, _STEP),
-    _train_step("train-step-float32-avx2", _SMOL, "float32", HELD_TO_AVX2, f"{_STEP} --isa avx2"),
-    _train_step("train-step-bfloat16-avx2", _SMOL, "bfloat16", HELD_TO_AVX2, f"{_STEP} --isa avx2"),
+    *(
+        _train_step(
+            f"train-step-{dtype}-avx2", _SMOL, dtype, HELD_TO_AVX2, _AVX2, context=_AVX2_CONTEXT
+        )
+        for dtype in _SHORT
+    ),
     *(
         _train_step(f"train-step-1.5b-{dtype}", _QWEN, dtype, PROCESSOR, f"{_STEP} {_SHAPE}")
         for dtype in ("float32", "bfloat16")
