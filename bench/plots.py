@@ -36,7 +36,7 @@ __all__ = [
 # Paul Tol's "vibrant" and "muted" schemes: told apart with any colour vision, on any page.
 _BLUE, _CYAN, _TEAL, _ORANGE = "#0077bb", "#33bbee", "#009988", "#ee7733"
 _MAGENTA, _OLIVE, _GREY, _ROSE = "#ee3377", "#999933", "#888888", "#aa4499"
-_YELLOW, _OTHER = "#ddaa33", "#bbbbbb"
+_YELLOW, _GREEN, _OTHER = "#ddaa33", "#117733", "#bbbbbb"
 _DPI = 200
 _FONT = 10.0
 _LABEL = 9.0
@@ -130,7 +130,7 @@ OPERATORS: Mapping[str, Mark] = {
     "bitsandbytes": Mark(_ORANGE),
     "torch on dequantised weights": Mark(_MAGENTA),
     "torch": Mark(_TEAL),
-    "torch, recomputing": Mark(_TEAL, "s", "--"),
+    "torch, recomputing": Mark(_GREEN),
     "Liger": Mark(_OLIVE),
     "NumPy on dequantised weights": Mark(_YELLOW),
     "exact products": Mark(_ROSE),
