@@ -271,7 +271,9 @@ def table_of(task: Task, measured: Mapping[str, Measured]) -> tuple[list[str], l
             for answers in task.answers
         ]
         phases = zip(*each.steps.get(task.answers[0], ()), strict=True)
-        memory = {"resident": each.memory.get("allocated", 0), **each.memory}
+        memory = each.memory
+        if "allocated" in memory:  # on a GPU
+            memory = {**memory, "resident": memory["allocated"]}
         lines.append(
             [
                 name,
@@ -279,7 +281,7 @@ def table_of(task: Task, measured: Mapping[str, Measured]) -> tuple[list[str], l
                 *rates,
                 ", ".join(f"{statistics.median(phase):.2f} s" for phase in phases),
                 *(
-                    f"{memory.get(what, 0) / 1e6:,.0f} MB"
+                    f"{memory[what] / 1e6:,.0f} MB" if what in memory else ""
                     for what in ("live beyond the weights", "resident")
                 ),
             ]

@@ -140,6 +140,14 @@ def test_memory_alone(task):
     assert cells["live beyond the weights"].endswith(" MB")
 
 
+def test_seconds_alone(task):
+    measured = train_step.compare({"ladder": task}, turns=1)
+    header, (line,) = train_step.table_of(task, measured)
+    cells = dict(zip(header, line, strict=True))
+    assert float(cells["tokens/s, loss on 1 in 1"].replace(",", "")) > 0
+    assert cells["live beyond the weights"] == cells["resident"] == ""
+
+
 def test_what_does_not_fit_has_a_row(task, capsys):
     tasks = {"QLoRA": replace(task, method="QLoRA", context=4096, limit=100 << 20)}
     measured = train_step.compare(tasks, turns=2)["QLoRA"]
