@@ -126,7 +126,7 @@ class AgainstContext:
         name: Of its block and files.
         title: Above it.
         source: Of its rows.
-        methods: Those that are drawn.
+        methods: Those that are drawn, if there are rows of more than one context.
         metric: Of the rows.
         value: What is drawn of a row.
         label: Of the axis, with the unit.
@@ -146,13 +146,13 @@ class AgainstContext:
 
     def rows(self) -> list[Row]:
         selection = self.source.select()
-        wanted = (self.metric, DID_NOT_FIT)
-        return [
-            row
-            for method in self.methods
-            for row in sorted(selection.all({"candidate": method}), key=_context)
-            if row.metric in wanted and row.shape.endswith(self.loss)
-        ]
+        wanted = {"metric": (self.metric, DID_NOT_FIT)}
+        found: list[Row] = []
+        for method in self.methods:
+            rows = selection.all({"candidate": method, **wanted})
+            rows = sorted((row for row in rows if row.shape.endswith(self.loss)), key=_context)
+            found += rows if len(rows) > 1 else []
+        return found
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         drawn: dict[str, list[Row]] = defaultdict(list)

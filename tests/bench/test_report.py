@@ -461,6 +461,12 @@ def test_lines_hold_what_was_measured(written):
     assert said == ["Did not fit: QLoRA at 8,192 tokens in 20 GB"]
 
 
+def test_a_single_context_is_no_line(results):
+    once = [row for row in step_rows() if "S=2048" in row.shape or row.candidate == "ladder"]
+    rows.write(once, "train_step.csv")
+    assert {row.candidate for row in PLOTS["speed-context-float32"].rows()} == {"ladder"}
+
+
 def test_frontier_goes_through_what_nothing_beats(written):
     figure = plots.make((8, 5), THEMES[0], PLOTS["frontier-float32"].draw)
     corners = figure.axes[0].lines[0]
