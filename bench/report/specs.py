@@ -53,7 +53,7 @@ _QWEN_7B = "Qwen2.5-7B, random weights"
 _ANSWERS = (1, 10)
 _CONTEXT = 2048
 _EVERY, _TENTH = (f"B=1 S={_CONTEXT} loss on 1 in {answers}" for answers in _ANSWERS)
-# PyTorch's own products of bfloat16 are slow there: a step of QLoRA takes a minute for so many.
+# PyTorch's own gradients in bfloat16 are slow there: QLoRA takes over half a minute for so many.
 _AVX2 = f"{_STEP} --isa avx2 --context 256"
 _AVX2_CONTEXT = 256
 _CONTEXTS = (512, 1024, 2048, 4096, 8192)
