@@ -50,14 +50,11 @@ _OPS = "python -m bench.ops"
 _SMOL = "SmolLM2-135M-Instruct"
 _QWEN = "Qwen2.5-1.5B, random weights"
 _QWEN_7B = "Qwen2.5-7B, random weights"
-_ANSWERS = (1, 10)
 _CONTEXT = 2048
-_EVERY, _TENTH = (f"B=1 S={_CONTEXT} loss on 1 in {answers}" for answers in _ANSWERS)
 # PyTorch's own gradients in bfloat16 are slow there: QLoRA takes over half a minute for so many.
-_AVX2 = f"{_STEP} --isa avx2 --context 256"
 _AVX2_CONTEXT = 256
+_AVX2 = f"{_STEP} --isa avx2 --context {_AVX2_CONTEXT}"
 _CONTEXTS = (512, 1024, 2048, 4096, 8192)
-_MANY_TOKENS = "2,048"
 _LIVE = "bytes: live beyond the weights"
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _QLORA = ("QLoRA", "QLoRA, checkpointed", "QLoRA, Liger loss")
@@ -65,6 +62,13 @@ _ACROSS = (
     "ladder", "ladder, kept taps", "recommended ladder", "recommended ladder, recomputed",
     "QLoRA", "QLoRA, checkpointed", "QLoRA on our kernels, checkpointed", "plain LST", "plain QST",
 )  # fmt: skip
+
+
+def _shape(context: int | str, answers: int) -> str:
+    return f"B=1 S={context} loss on 1 in {answers}"
+
+
+_EVERY, _TENTH = (_shape(_CONTEXT, answers) for answers in (1, 10))
 
 
 def _rate(row: Row) -> str:
@@ -84,7 +88,7 @@ def _train_step(
     command: str,
     context: int = _CONTEXT,
 ) -> Table:
-    every, tenth = ({"shape": f"B=1 S={context} loss on 1 in {answers}"} for answers in _ANSWERS)
+    every, tenth = ({"shape": _shape(context, answers)} for answers in (1, 10))
     parts = ("seconds: forward", "seconds: backward", "seconds: optimizer")
     return Table(
         name=name,
@@ -129,7 +133,7 @@ def _contexts(dtype: str) -> list[Table]:
                     header=f"{context:,}",
                     metrics=(metric,),
                     text=text,  # type: ignore[arg-type]
-                    where={"shape": f"B=1 S={context} loss on 1 in 1"},
+                    where={"shape": _shape(context, 1)},
                 )
                 for context in _CONTEXTS
             ),
@@ -204,7 +208,7 @@ def _long_ops() -> Table:
     share, pytorch = "share of the bound", ("torch", "torch on dequantised weights")
 
     def lines(rows: Sequence[Row]) -> list[Line]:
-        return [line for line in _op_groups(rows) if line.labels[1] in ("", _MANY_TOKENS)]
+        return [line for line in _op_groups(rows) if line.labels[1] in ("", f"{_CONTEXT:,}")]
 
     return Table(
         name="ops",
@@ -398,12 +402,12 @@ def _limit(row: Row) -> str:
 
 
 def _gpu_memory() -> Table:
-    def at(context: str, header: str, text: object, **more: object) -> Column:
-        shape = f"B=1 S={context} loss on 1 in 1"
+    def at(context: int | str, header: str, text: object, **more: object) -> Column:
+        shape = _shape(context, 1)
         return Column(header=header, text=text, where={"shape": shape}, **more)  # type: ignore[arg-type]
 
     columns = []
-    for context, short in (("2048", "2,048"), ("16384", "16,384")):
+    for context, short in ((2048, "2,048"), (16384, "16,384")):
         columns += [
             at(context, f"tokens/s at {short} tokens", _rate),
             at(context, f"live at {short} tokens", gigabytes, metrics=("bytes",),

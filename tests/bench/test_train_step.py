@@ -126,7 +126,6 @@ def test_turns_rows_and_a_table(task, tmp_path, monkeypatch, capsys):
     assert (every, f"bytes: live ladder at {MOMENTS}/{MOMENTS} of the step") in by_metric
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
 def test_memory_alone(task):
     measured = train_step.compare({"ladder": replace(task, memory=True)}, turns=0)
     metrics = {
@@ -148,6 +147,7 @@ def test_seconds_alone(task):
     assert cells["live beyond the weights"] == cells["resident"] == ""
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
 def test_what_does_not_fit_has_a_row(task, capsys):
     tasks = {"QLoRA": replace(task, method="QLoRA", context=4096, limit=100 << 20)}
     measured = train_step.compare(tasks, turns=2)["QLoRA"]

@@ -21,6 +21,8 @@ if sys.argv[1] == "returned":
 # A freed block makes glibc take blocks of its size from the heap from then on.
 for _ in range(2):
     torch.ones(7 << 20)
+# Imports leave holes, in some runs large ones; what is kept would go there and part nothing.
+plugs = [torch.ones(1 << 14) for _ in range(1000)]
 before = held()
 kept = []
 for _ in range(40):
@@ -41,5 +43,4 @@ def test_freed_blocks_between_kept_ones_go_back():
 
     kept = 40 * 4 * (1 << 14)
     assert held("returned") < kept + (8 << 20)
-    # Where the heap cannot grow, since something is mapped behind it by chance, there are no holes.
-    assert any(held("as it is") > kept + (24 << 20) for _ in range(4))
+    assert held("as it is") > kept + (24 << 20)

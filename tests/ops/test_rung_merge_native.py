@@ -85,7 +85,6 @@ class Case:
 @settings(
     max_examples=40,
     deadline=None,
-    derandomize=True,  # the gate's bound is on one sum: of a single term, it is luck
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
